@@ -1,0 +1,3 @@
+"""Medical volume segmentation: scans in; label maps, volumes, scores and reports out."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Grid, Volume, LabelMap, LabelSet and resample: what everything here speaks."""

@@ -1,0 +1,230 @@
+"""The one spatial operation: values on one grid, read off on another.
+
+Reorienting, cropping, padding and changing the spacing are each "choose a grid"; undoing one is
+the same call with the old grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.core.grid import Grid
+from medseg.core.volume import LabelMap, Volume
+
+Float64 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+
+# Positions this close to a voxel's centre (in voxels) are that voxel: below it, interpolation
+# would only smear rounding errors of the affine.
+_ON_VOXEL = 1e-3
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """One axis of a new grid seen from the old one: the voxel axis of the old grid that it runs
+    along, and the position (n,) on it, in voxels, of each new voxel."""
+
+    source: int
+    positions: Float64
+
+    @property
+    def on_voxels(self) -> bool:
+        """Whether every new voxel is an old one."""
+        return bool(np.abs(self.positions - np.rint(self.positions)).max() < _ON_VOXEL)
+
+    def inside(self, size: int) -> NDArray[np.bool_]:
+        """Which new voxels lie within the old field of view, edge to edge."""
+        return (self.positions >= -0.5 - _ON_VOXEL) & (self.positions <= size - 0.5 + _ON_VOXEL)
+
+
+def axis_maps(source: Grid, onto: Grid) -> tuple[AxisMap, AxisMap, AxisMap] | None:
+    """The map for each axis of ``onto``, or None where the axes of the grids are not parallel."""
+    matrix = np.linalg.inv(source.affine) @ onto.affine
+    maps = []
+    for axis in range(3):
+        column = matrix[:3, axis]
+        along = int(np.argmax(np.abs(column)))
+        # Off-axis drift over the whole new grid must stay invisible.
+        if np.abs(np.delete(column, along)).max() * onto.shape[axis] > 10 * _ON_VOXEL:
+            return None
+        positions = matrix[along, 3] + column[along] * np.arange(onto.shape[axis])
+        maps.append(AxisMap(along, positions))
+    if len({m.source for m in maps}) != 3:
+        return None
+    return maps[0], maps[1], maps[2]
+
+
+def linear_weights(positions: Float64, size: int) -> Float32:
+    """Matrix (n, size) that interpolates linearly at ``positions`` (n,), in voxels of an axis with
+    ``size`` of them. Beyond the outermost centres the edge value holds."""
+    clamped = np.clip(positions, 0, size - 1)
+    low = np.minimum(np.floor(clamped).astype(int), max(size - 2, 0))
+    high = np.minimum(low + 1, size - 1)
+    fraction = clamped - low
+    rows = np.arange(len(clamped))
+    weights = np.zeros((len(clamped), size), dtype=np.float32)
+    np.add.at(weights, (rows, low), 1 - fraction)
+    np.add.at(weights, (rows, high), fraction)
+    return weights
+
+
+def spline_weights(positions: Float64, size: int) -> Float32:
+    """Matrix (n, size) of cubic B-spline interpolation, prefilter included, mirrored at the ends.
+
+    The same as ``scipy.ndimage.map_coordinates(order=3, mode="mirror")`` along one axis, with the
+    edge value beyond the outermost centres. Unser, "Splines: a perfect fit", 1999.
+    """
+    if size < 2:
+        return linear_weights(positions, size)
+    from scipy.ndimage import spline_filter1d
+
+    clamped = np.clip(positions, 0, size - 1)
+    first = np.floor(clamped).astype(int) - 1
+    t = clamped - first - 1
+    basis = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, 3 * (1 - t) ** 3 - 6 * (1 - t) ** 2 + 4, t**3)
+    rows = np.arange(len(clamped))
+    weights = np.zeros((len(clamped), size))
+    period = 2 * (size - 1)
+    for offset, value in enumerate(basis):
+        index = np.abs(first + offset) % period
+        index = np.where(index >= size, period - index, index)
+        np.add.at(weights, (rows, index), value / 6)
+    prefilter = spline_filter1d(np.eye(size), order=3, axis=0, mode="mirror")
+    return np.asarray(weights @ prefilter, dtype=np.float32)
+
+
+@overload
+def resample(image: Volume, onto: Grid, *, fill: float = 0.0) -> Volume: ...
+@overload
+def resample(image: LabelMap, onto: Grid) -> LabelMap: ...
+def resample(image: Volume | LabelMap, onto: Grid, *, fill: float = 0.0) -> Volume | LabelMap:
+    """``image`` as seen on the grid ``onto``.
+
+    Intensities are interpolated by cubic B-splines and come back as float32; ``fill`` stands
+    outside the old field of view, which reaches to the outer edges of its outermost voxels. Labels
+    take, at each new voxel, the one with the largest linearly interpolated weight, ties going to
+    the background and then to the lower number; outside is background. Where every new voxel is an
+    old one (cropping, padding, flipping, permuting) values are copied, keeping their dtype.
+    """
+    maps = axis_maps(image.grid, onto)
+    if maps is not None and all(m.on_voxels for m in maps):
+        return _copy(image, maps, onto, fill)
+    if isinstance(image, LabelMap):
+        return LabelMap(_vote(image, maps, onto), onto, image.labels)
+    if maps is None:
+        return Volume(_interpolate_oblique(image, onto, fill), onto)
+    return Volume(_interpolate(image, maps, onto, fill), onto)
+
+
+def _copy(image: Volume | LabelMap, maps: tuple[AxisMap, ...], onto: Grid, fill: float) -> Volume | LabelMap:
+    values = image.values if isinstance(image, Volume) else image.values[None]
+    values = values.transpose(0, *(1 + m.source for m in maps))
+    out = np.full((len(values), *onto.shape), fill if isinstance(image, Volume) else 0, dtype=values.dtype)
+    picks = [np.rint(m.positions).astype(int) for m in maps]
+    keeps = [np.flatnonzero((p >= 0) & (p < n)) for p, n in zip(picks, values.shape[1:], strict=True)]
+    if all(len(k) for k in keeps):
+        target = (slice(None), *(slice(k[0], k[-1] + 1) for k in keeps))
+        for axis, (pick, keep) in enumerate(zip(picks, keeps, strict=True), start=1):
+            start, stop, step = pick[keep[0]], pick[keep[-1]], 1 if len(keep) < 2 else pick[keep[1]] - pick[keep[0]]
+            if abs(step) == 1:  # a slice is a view, where fancy indexing would copy the volume
+                edge = stop + step
+                values = values[(slice(None),) * axis + (slice(start, edge if edge >= 0 else None, step),)]
+            else:
+                values = np.take(values, pick[keep], axis=axis)
+        out[target] = values
+    return Volume(out, onto) if isinstance(image, Volume) else LabelMap(out[0], onto, image.labels)
+
+
+def _interpolate(image: Volume, maps: tuple[AxisMap, ...], onto: Grid, fill: float) -> Float32:
+    values = image.values.transpose(0, *(1 + m.source for m in maps))
+    out = np.empty((image.channels, *onto.shape), dtype=np.float32)
+    for channel, one in zip(out, values, strict=True):
+        channel[...] = _apply(np.asarray(one, dtype=np.float32), maps, spline_weights)
+    _outside(out, maps, values.shape[1:], fill)
+    return out
+
+
+def _apply(values: NDArray[Any], maps: tuple[AxisMap, ...], weights: Any) -> NDArray[Any]:
+    """One matrix per axis; the axes that shrink most come first, so that the rest is cheap."""
+    order = sorted(range(3), key=lambda a: len(maps[a].positions) / values.shape[a])
+    for axis in order:
+        positions, size = maps[axis].positions, values.shape[axis]
+        if len(positions) == size and np.abs(positions - np.arange(size)).max() < _ON_VOXEL:
+            continue
+        moved = np.moveaxis(values, axis, 0)
+        result = weights(positions, size) @ moved.reshape(size, -1)
+        values = np.moveaxis(result.reshape(len(positions), *moved.shape[1:]), 0, axis)
+    return values
+
+
+def _outside(out: NDArray[Any], maps: tuple[AxisMap, ...], sizes: tuple[int, ...], fill: float) -> None:
+    for axis, (m, size) in enumerate(zip(maps, sizes, strict=True), start=out.ndim - 3):
+        beyond = ~m.inside(size)
+        if beyond.any():
+            out[(slice(None),) * axis + (beyond,)] = fill
+
+
+def _vote(image: LabelMap, maps: tuple[AxisMap, ...] | None, onto: Grid) -> NDArray[Any]:
+    """Running maximum over labels, each computed only where its bounding box reaches."""
+    out = np.zeros(onto.shape, dtype=image.values.dtype)
+    best = np.zeros(onto.shape, dtype=np.float32)
+    total = np.zeros(onto.shape, dtype=np.float32)
+    for number in np.unique(image.values):
+        if number == 0:
+            continue
+        where, weight = _weight_of(image, maps, onto, number)
+        wins = weight > best[where]
+        out[where][wins] = number
+        best[where][wins] = weight[wins]
+        total[where] += weight
+    out[1 - total >= best] = 0
+    return out
+
+
+def _weight_of(
+    image: LabelMap, maps: tuple[AxisMap, ...] | None, onto: Grid, number: Any
+) -> tuple[tuple[slice, ...], NDArray[Any]]:
+    mask = image.values == number
+    if maps is None:
+        weight = _interpolate_oblique(Volume(mask[None], image.grid), onto, 0.0, order=1)[0]
+        return (slice(None),) * 3, weight
+    mask = mask.transpose([m.source for m in maps])
+    where, boxes, reached = [], [], []
+    for axis, m in enumerate(maps):
+        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        size = mask.shape[axis]
+        low, high = max(int(hit[0]) - 1, 0), min(int(hit[-1]) + 2, size)
+        near = np.flatnonzero(m.inside(size) & (m.positions > low - 1) & (m.positions < high))
+        if not len(near):
+            return (slice(0, 0),) * 3, np.zeros((0, 0, 0), dtype=np.float32)
+        boxes.append(slice(low, high))
+        where.append(slice(int(near[0]), int(near[-1]) + 1))
+        reached.append(AxisMap(axis, m.positions[near[0] : near[-1] + 1] - low))
+    weight = _apply(mask[tuple(boxes)].astype(np.float32), tuple(reached), linear_weights)
+    return tuple(where), weight
+
+
+def _interpolate_oblique(image: Volume, onto: Grid, fill: float, order: int = 3) -> Float32:
+    from scipy.ndimage import affine_transform
+
+    matrix = np.linalg.inv(image.grid.affine) @ onto.affine
+    out = np.empty((image.channels, *onto.shape), dtype=np.float32)
+    for channel, one in zip(out, image.values, strict=True):
+        affine_transform(
+            np.asarray(one, dtype=np.float32),
+            matrix,
+            output_shape=onto.shape,
+            output=channel,
+            order=order,
+            mode="nearest",
+        )
+    i, j, k = (np.arange(n) for n in onto.shape)
+    for axis, size in enumerate(image.grid.shape):
+        position = matrix[axis, 3] + matrix[axis, 0] * i[:, None, None]
+        position = position + matrix[axis, 1] * j[None, :, None] + matrix[axis, 2] * k[None, None, :]
+        out[:, (position < -0.5 - _ON_VOXEL) | (position > size - 0.5 + _ON_VOXEL)] = fill
+    return out

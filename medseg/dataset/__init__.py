@@ -1,0 +1,1 @@
+"""The cases, and whether they are sound."""

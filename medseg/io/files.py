@@ -1,0 +1,93 @@
+"""Writing so that a killed run or a full disk never leaves half a file; reading JSON strictly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from medseg.core.errors import InputError, MedsegError
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name whole or not at all.
+
+    Written beside its place and renamed when the block ends; removed when the block raises.
+    Raises MedsegError where the disk is full or the folder cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; give them the mode that open() would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise MedsegError(
+            f"cannot write {path}: {error.strerror or error}. Nothing was left half written; "
+            "free some space or choose another folder and run the command again."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, readable, refusing NaN (which JSON has no word for)."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str = "Write it anew") -> Any:
+    """What a JSON file holds. Raises InputError where it is missing or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing", remedy) from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error})", remedy) from None
+
+
+def new_folder(path: Path, *, holds: str) -> Path:
+    """A folder to write to: new, empty, or one that this command wrote before.
+
+    ``holds`` names the file by which such a folder is known. Raises InputError where the folder
+    holds something else, so that nothing of someone else's is mixed in or written over.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file", "Name a folder that is new or empty")
+    if path.is_dir() and not (path / holds).exists():
+        strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+        if strangers:
+            raise InputError(
+                f"the output folder {path} holds something else ({', '.join(strangers[:3])}"
+                f"{', ...' if len(strangers) > 3 else ''})",
+                "Name a folder that is new or empty",
+            )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path} ({error.strerror})", "Name another folder") from None
+    return path

@@ -1,0 +1,1 @@
+"""Plan to network; what is shipped."""

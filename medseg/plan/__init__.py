@@ -1,0 +1,1 @@
+"""What the data look like, and what to do about it."""

@@ -1,0 +1,1 @@
+"""Exactly what inference must repeat."""
