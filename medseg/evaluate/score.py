@@ -1,0 +1,379 @@
+"""Label maps in, rows of numbers out: one row per case and label, and a summary of many rows.
+
+What a label's row says where one of the two label maps does not hold it is decided here, once:
+
+=============  ===========  ===========  =================  ==========================
+status         reference    prediction   dice, iou, nsd     hd95_mm, assd_mm
+=============  ===========  ===========  =================  ==========================
+"ok"           present      present      measured           measured
+"missed"       present      absent       0                  diagonal of the image
+"invented"     absent       present      0                  diagonal of the image
+"both empty"   absent       absent       None               None
+=============  ===========  ===========  =================  ==========================
+
+None is "does not apply" and enters no mean. The diagonal is the largest distance that the image
+has room for: a missed organ counts as badly as can be and never drops out of a mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_type_hints
+
+import numpy as np
+
+from medseg.core.errors import InputError
+from medseg.core.grid import Grid
+from medseg.core.labels import Label
+from medseg.core.volume import LabelMap
+from medseg.evaluate.overlap import Mask, dice, iou
+from medseg.evaluate.surface import assd, hausdorff, nsd, surface_distances
+
+FORMAT_VERSION = 1
+
+OK, MISSED, INVENTED, BOTH_EMPTY = "ok", "missed", "invented", "both empty"
+# By whether the label is predicted, and whether it is in the reference.
+_STATUS = {(True, True): OK, (False, True): MISSED, (True, False): INVENTED, (False, False): BOTH_EMPTY}
+
+TOLERANCE_MM = 2.0
+
+_UNREADABLE = "Score the cases again with this version of medseg"
+
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class CaseMetrics:
+    """One label of one case. ``status`` and the meaning of None are told at the top of this module.
+
+    ``dice``, ``iou`` and ``nsd`` (normalised surface Dice at ``tolerance_mm``) go from 0 to 1.
+    ``volume_error_mm3`` is predicted minus reference; in percent it is of the reference, and None
+    where that is empty.
+
+    Raises InputError for an unknown status and for a number that is not finite.
+    """
+
+    case: str
+    label: int
+    name: str
+    status: str
+    dice: float | None
+    iou: float | None
+    hd95_mm: float | None
+    assd_mm: float | None
+    nsd: float | None
+    tolerance_mm: float
+    reference_mm3: float
+    predicted_mm3: float
+    volume_error_mm3: float
+    volume_error_percent: float | None
+
+    def __post_init__(self) -> None:
+        if self.status not in _STATUS.values():
+            raise InputError(f"label {self.label} has the status {self.status!r}", _UNREADABLE, case=self.case)
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name} of label {self.label} is {value}", "Use None", case=self.case)
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """One label over its cases, or all labels (``label`` None, ``name`` "mean").
+
+    ``cases`` is the number of cases that the figures stand on, missed and invented ones included,
+    those empty in both excluded. ``dice_std`` is the sample standard deviation, None below two
+    cases. ``volume_error_percent_median`` is the median absolute error over the cases that have
+    the label in the reference. A figure that stands on nothing is None.
+
+    Over all labels each figure is the mean of the labels' figures, every label counting the same;
+    ``cases`` are those in which any label counted, and the other counts are sums.
+    """
+
+    label: int | None
+    name: str
+    cases: int
+    missed: int
+    invented: int
+    both_empty: int
+    dice_mean: float | None
+    dice_median: float | None
+    dice_std: float | None
+    iou_mean: float | None
+    hd95_mean_mm: float | None
+    assd_mean_mm: float | None
+    nsd_mean: float | None
+    volume_error_percent_median: float | None
+
+
+_FIGURES = tuple(name for name, kind in get_type_hints(LabelSummary).items() if kind == (float | None))
+
+
+def score(
+    prediction: LabelMap,
+    reference: LabelMap,
+    *,
+    case: str,
+    tolerance_mm: float | Mapping[int, float] = TOLERANCE_MM,
+) -> list[CaseMetrics]:
+    """A row for each label of the reference, in order of their numbers.
+
+    ``tolerance_mm`` is that of the normalised surface Dice, one for all or one for each label
+    number. Both label maps must lie on the same grid and name the same labels; nothing is
+    resampled. Work is confined to the box around each label.
+
+    Raises InputError where the grids or labels differ, where a voxel holds a number that is no
+    label, and where a tolerance is missing, superfluous, negative or not finite.
+    """
+    _same_grid(prediction.grid, reference.grid, case)
+    _same_labels(prediction, reference, case)
+    tolerances = _tolerances(tolerance_mm, reference, case)
+    ours, theirs = _boxes(prediction, "prediction", case), _boxes(reference, "reference", case)
+    rows = []
+    for label in reference.labels:
+        boxes = ours.get(label.number), theirs.get(label.number)
+        rows.append(_score_label(prediction, reference, label, boxes, case, tolerances[label.number]))
+    return rows
+
+
+def diagonal_mm(grid: Grid) -> float:
+    """The longest distance within an image, from outer corner to outer corner, in mm."""
+    edges = grid.affine[:3, :3] * grid.shape
+    # Four diagonals, of one length only where the axes are at right angles.
+    signs = np.array([(1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1)])
+    return float(np.linalg.norm(signs @ edges.T, axis=1).max())
+
+
+def summarise(rows: Iterable[CaseMetrics]) -> list[LabelSummary]:
+    """A summary of each label, in order of their numbers, and last one over all labels.
+
+    No rows give no summary. Raises InputError where a label of a case comes twice and where one
+    label goes by two names.
+    """
+    groups: dict[int, list[CaseMetrics]] = {}
+    seen = set()
+    for row in rows:
+        if (row.case, row.label) in seen:
+            raise InputError(f"label {row.label} comes twice", "Score each case once", case=row.case)
+        seen.add((row.case, row.label))
+        group = groups.setdefault(row.label, [])
+        if group and group[0].name != row.name:
+            raise InputError(
+                f"label {row.label} is {row.name!r} here and {group[0].name!r} elsewhere",
+                "Summarise cases of one task only",
+                case=row.case,
+            )
+        group.append(row)
+    labels = [_summarise_label(groups[number]) for number in sorted(groups)]
+    return [*labels, _summarise_all(labels, groups)] if labels else []
+
+
+def to_csv(rows: Iterable[CaseMetrics]) -> str:
+    """The rows as comma-separated text under a line of column names; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(CaseMetrics)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def to_json(rows: Sequence[CaseMetrics], *, provenance: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The rows and their summary as a document that JSON can hold, without NaN.
+
+    ``provenance`` says where the label maps come from; it must itself be fit for JSON.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "provenance": dict(provenance) if provenance is not None else None,
+        "rows": [asdict(row) for row in rows],
+        "summary": [asdict(summary) for summary in summarise(rows)],
+    }
+
+
+def from_json(document: Mapping[str, Any]) -> list[CaseMetrics]:
+    """The rows of a document written by :func:`to_json`. The summary follows from them and is not read.
+
+    Raises InputError for another format version, for keys that are missing or unknown, and for
+    values of the wrong type.
+    """
+    if not isinstance(document, Mapping):
+        raise InputError("the scores are no table of keys", _UNREADABLE)
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"scores of format version {version!r}, not {FORMAT_VERSION}", _UNREADABLE)
+    _same_keys(document, {"format_version", "provenance", "rows", "summary"}, "the scores")
+    if not isinstance(document["rows"], list):
+        raise InputError("the rows of the scores are no list", _UNREADABLE)
+    return [_row(row, f"row {number} of the scores") for number, row in enumerate(document["rows"], start=1)]
+
+
+def _same_grid(prediction: Grid, reference: Grid, case: str) -> None:
+    if prediction.matches(reference):
+        return
+    if prediction.shape != reference.shape:
+        fault = f"the prediction has shape {prediction.shape}, the reference {reference.shape}"
+    else:
+        fault = f"prediction and reference lie up to {prediction.distance(reference):.3g} mm apart"
+    raise InputError(fault, "Predict on the grid of the scan that the reference was drawn on", case=case)
+
+
+def _same_labels(prediction: LabelMap, reference: LabelMap, case: str) -> None:
+    ours, theirs = ([(label.number, label.name) for label in m.labels] for m in (prediction, reference))
+    if ours != theirs:
+        raise InputError(
+            f"the prediction's labels are {prediction.labels or 'none'}, the reference's {reference.labels or 'none'}",
+            "Score with the labels that the model was trained on",
+            case=case,
+        )
+
+
+def _tolerances(tolerance_mm: float | Mapping[int, float], reference: LabelMap, case: str) -> dict[int, float]:
+    numbers = reference.labels.numbers
+    given = tolerance_mm if isinstance(tolerance_mm, Mapping) else dict.fromkeys(numbers, tolerance_mm)
+    if set(given) != set(numbers):
+        differ = ", ".join(str(n) for n in sorted(set(given) ^ set(numbers)))
+        raise InputError(
+            f"tolerances and labels do not agree on the label {differ}",
+            f"Give one tolerance in mm for each of {reference.labels}",
+            case=case,
+        )
+    for number, value in given.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(
+                f"the tolerance of label {number} is {value} mm", "Give a length of 0 mm or more", case=case
+            )
+    return {number: float(value) for number, value in given.items()}
+
+
+def _boxes(labels: LabelMap, whose: str, case: str) -> dict[int, Box]:
+    """The box around each label that is there; InputError for a number that is no label."""
+    from scipy.ndimage import find_objects
+
+    known = labels.labels.numbers
+    largest = max(known, default=0)
+    low, high = int(labels.values.min()), int(labels.values.max())
+    found = find_objects(labels.values, max_label=largest) if largest else []
+    boxes = {number: box for number, box in enumerate(found, start=1) if box is not None}
+    strange = sorted({n for n in boxes if n not in known} | {n for n in (low, high) if n < 0 or n > largest})
+    if strange:
+        raise InputError(
+            f"the {whose} holds {', '.join(str(n) for n in strange)}, which is no label",
+            f"Name every number, or set it to 0; the labels are {labels.labels or 'none'}",
+            case=case,
+        )
+    return boxes
+
+
+def _score_label(
+    prediction: LabelMap,
+    reference: LabelMap,
+    label: Label,
+    boxes: tuple[Box | None, Box | None],
+    case: str,
+    tolerance: float,
+) -> CaseMetrics:
+    box = _around([b for b in boxes if b is not None])
+    ours, theirs = (m.values[box] == label.number for m in (prediction, reference))
+    voxel = reference.grid.voxel_volume
+    predicted, expected = (float(np.count_nonzero(mask) * voxel) for mask in (ours, theirs))
+    status = _STATUS[boxes[0] is not None, boxes[1] is not None]
+    return CaseMetrics(
+        case=case,
+        label=label.number,
+        name=label.name,
+        status=status,
+        **_measures(status, ours, theirs, reference.grid, box, tolerance),
+        tolerance_mm=tolerance,
+        reference_mm3=expected,
+        predicted_mm3=predicted,
+        volume_error_mm3=predicted - expected,
+        volume_error_percent=100 * (predicted - expected) / expected if expected else None,
+    )
+
+
+def _measures(status: str, ours: Mask, theirs: Mask, grid: Grid, box: Box, tolerance: float) -> dict[str, float | None]:
+    """The table at the top of this module, for masks that fill a box of the grid."""
+    if status == BOTH_EMPTY:
+        return dict.fromkeys(("dice", "iou", "hd95_mm", "assd_mm", "nsd"))
+    if status != OK:
+        worst = diagonal_mm(grid)
+        return {"dice": 0.0, "iou": 0.0, "hd95_mm": worst, "assd_mm": worst, "nsd": 0.0}
+    between = surface_distances(ours, theirs, grid.window([s.start for s in box], ours.shape))
+    return {
+        "dice": dice(ours, theirs),
+        "iou": iou(ours, theirs),
+        "hd95_mm": hausdorff(between, 95),
+        "assd_mm": assd(between),
+        "nsd": nsd(between, tolerance),
+    }
+
+
+def _around(boxes: list[Box]) -> Box:
+    """The box around boxes; an empty one around none."""
+    if not boxes:
+        return (slice(0, 0),) * 3
+    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))
+
+
+def _summarise_label(rows: list[CaseMetrics]) -> LabelSummary:
+    dices = [row.dice for row in rows if row.dice is not None]
+    errors = [abs(row.volume_error_percent) for row in rows if row.volume_error_percent is not None]
+    counts = [sum(row.status == status for row in rows) for status in (MISSED, INVENTED, BOTH_EMPTY)]
+    return LabelSummary(
+        label=rows[0].label,
+        name=rows[0].name,
+        cases=len(rows) - counts[2],
+        missed=counts[0],
+        invented=counts[1],
+        both_empty=counts[2],
+        dice_mean=_mean(dices),
+        dice_median=float(np.median(dices)) if dices else None,
+        dice_std=float(np.std(dices, ddof=1)) if len(dices) > 1 else None,
+        iou_mean=_mean(row.iou for row in rows),
+        hd95_mean_mm=_mean(row.hd95_mm for row in rows),
+        assd_mean_mm=_mean(row.assd_mm for row in rows),
+        nsd_mean=_mean(row.nsd for row in rows),
+        volume_error_percent_median=float(np.median(errors)) if errors else None,
+    )
+
+
+def _summarise_all(labels: list[LabelSummary], groups: Mapping[int, list[CaseMetrics]]) -> LabelSummary:
+    counted = {row.case for rows in groups.values() for row in rows if row.status != BOTH_EMPTY}
+    return LabelSummary(
+        label=None,
+        name="mean",
+        cases=len(counted),
+        missed=sum(one.missed for one in labels),
+        invented=sum(one.invented for one in labels),
+        both_empty=sum(one.both_empty for one in labels),
+        **{name: _mean(getattr(one, name) for one in labels) for name in _FIGURES},
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
+def _row(row: Any, where: str) -> CaseMetrics:
+    types = get_type_hints(CaseMetrics)
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where} is no table of keys", _UNREADABLE)
+    _same_keys(row, set(types), where)
+    values = {}
+    for name, value in row.items():
+        # JSON writes 1.0 as it likes; True would pass as the integer 1.
+        number = float(value) if type(value) is int and not isinstance(value, types[name]) else value
+        if isinstance(number, bool) or not isinstance(number, types[name]):
+            raise InputError(f"{name} in {where} is {value!r}", _UNREADABLE)
+        values[name] = number
+    return CaseMetrics(**values)
+
+
+def _same_keys(found: Mapping[str, Any], wanted: set[str], where: str) -> None:
+    for what, keys in (("unknown", set(found) - wanted), ("missing", wanted - set(found))):
+        if keys:
+            raise InputError(f"{what} in {where}: {', '.join(sorted(map(str, keys)))}", _UNREADABLE)
