@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,19 +21,14 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     Written beside its place and renamed when the block ends; removed when the block raises.
     Raises MedsegError where the disk is full or the folder cannot be written.
     """
-    temporary = None
+    # Not tempfile: its files are private, and open() gives them the mode that the umask asks for.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; give them the mode that open() would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
         raise MedsegError(
@@ -40,8 +36,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             "free some space or choose another folder and run the command again."
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone after the rename; and nothing may hide the first error
+            temporary.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -57,17 +53,24 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, readable, refusing NaN (which JSON has no word for)."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    # Lists of numbers on one line. No JSON string holds a raw line break, so none is touched.
+    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path, remedy: str = "Write it anew") -> Any:
-    """What a JSON file holds. Raises InputError where it is missing or not JSON."""
+    """What a JSON file holds. Raises InputError where it is missing or not JSON, NaN included."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), parse_constant=_no_constant)
     except FileNotFoundError:
         raise InputError(f"{path} is missing", remedy) from None
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})", remedy) from None
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
 
 
 def new_folder(path: Path, *, holds: str) -> Path:

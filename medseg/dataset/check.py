@@ -1,0 +1,251 @@
+"""Is a task sound? Every case read, every fault named, a verdict per case."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medseg.core.errors import InputError
+from medseg.core.grid import Grid
+from medseg.core.provenance import digest
+from medseg.core.volume import Volume
+from medseg.dataset.task import Case, Task, load_image, load_task, require_same_grid
+from medseg.io.nifti import is_nifti, read_labels, read_raw_labels, read_volume, stem
+
+# A case this much larger or coarser than its task's median is likelier to have strayed in than to
+# belong: within one Decathlon task sizes stay within a factor of eight.
+_STRANGE_VOXELS = 20.0
+_STRANGE_SPACING = 4.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong and how to mend it; an ``error`` must be mended, a ``warning`` looked at."""
+
+    severity: Literal["error", "warning"]
+    fault: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.fault.rstrip('.')}. {self.remedy.rstrip('.')}."
+
+
+@dataclass(frozen=True)
+class CaseCheck:
+    """What was found of one case. ``labels`` counts voxels per label number; spacing in mm."""
+
+    id: str
+    shape: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    orientation: str | None = None
+    channels: int | None = None
+    labels: dict[int, int] = field(default_factory=dict)
+    image_hash: str | None = None
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """``error``, ``warning`` or ``ok``: the worst of its problems."""
+        severities = {p.severity for p in self.problems}
+        return "error" if "error" in severities else "warning" if severities else "ok"
+
+    def with_problem(self, severity: Literal["error", "warning"], fault: str, remedy: str) -> CaseCheck:
+        """The same with one problem more."""
+        return replace(self, problems=(*self.problems, Problem(severity, fault, remedy)))
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """A task's check: what is wrong with the folder as a whole, and one row a case."""
+
+    task: str
+    problems: tuple[Problem, ...]
+    cases: tuple[CaseCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing must be mended (warnings may remain)."""
+        return not any(p.severity == "error" for p in self.problems) and all(c.verdict != "error" for c in self.cases)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        cases = [
+            {**asdict(c), "labels": {str(k): v for k, v in c.labels.items()}, "verdict": c.verdict} for c in self.cases
+        ]
+        verdicts = [c.verdict for c in self.cases]
+        counts = {v: verdicts.count(v) for v in ("ok", "warning", "error")}
+        return {
+            "format": 1,
+            "task": self.task,
+            "ok": self.ok,
+            "counts": counts,
+            "problems": [asdict(p) for p in self.problems],
+            "cases": cases,
+        }
+
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+def check(folder: Path, *, progress: Progress | None = None) -> CheckReport:
+    """Read every case of a task and say what is wrong with it.
+
+    A folder without a readable ``dataset.json`` is checked too, as far as pairing its files by name
+    allows, so that everything wrong is found in one go. ``progress`` wraps the iteration over cases
+    (rows and their number). Raises InputError where there is no folder or nothing that looks like
+    a case.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder", "Name the folder of a Decathlon task")
+    problems: list[Problem] = []
+    task: Task | None = None
+    try:
+        task = load_task(folder)
+        cases = list(task.cases)
+    except InputError as error:
+        problems.append(Problem("error", error.fault, error.remedy))
+        cases = _pairs(folder)
+    if not cases:
+        if problems:
+            raise InputError(problems[0].fault, problems[0].remedy)
+        raise InputError(f"{folder} holds no case", "A task needs dataset.json, imagesTr and labelsTr")
+    if task is not None:
+        problems += _unlisted(task)
+    rows = list(_each(cases, lambda case: _check_case(task, case), progress))
+    rows = _duplicates(_strangers(rows))
+    if task is not None:
+        problems += _absent_labels(task, rows)
+    return CheckReport(folder.resolve().name, tuple(problems), tuple(rows))
+
+
+def _each(cases: list[Case], function: Callable[[Case], CaseCheck], progress: Progress | None) -> Iterator[CaseCheck]:
+    # Threads serve: decompression and numpy let go of the interpreter.
+    with ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0))))) as pool:
+        rows = pool.map(function, cases)
+        yield from progress(rows, len(cases)) if progress else rows
+
+
+def _check_case(task: Task | None, case: Case) -> CaseCheck:
+    row = CaseCheck(case.id)
+    volume: Volume | None = None
+    try:
+        volume = load_image(task, case) if task else read_volume(case.image)
+        row = _describe(row, volume.grid, volume.channels)
+        row = replace(row, image_hash=digest(np.ascontiguousarray(volume.values).tobytes()))
+        row = _intensities(row, volume)
+    except InputError as error:
+        row = row.with_problem("error", error.fault, error.remedy)
+    if case.label is None:
+        return row.with_problem("error", "the image has no label", "Add the label or move the image to imagesTs")
+    try:
+        if task:
+            label_map = read_labels(case.label, task.labels)
+            values, grid = label_map.values, label_map.grid
+            if volume:
+                require_same_grid(volume, label_map, case.id)
+        else:
+            values, grid = read_raw_labels(case.label)
+    except InputError as error:
+        return row.with_problem("error", error.fault, error.remedy)
+    if volume is None:
+        row = _describe(row, grid, None)
+    numbers, counts = np.unique(values, return_counts=True)
+    row = replace(row, labels={int(n): int(c) for n, c in zip(numbers, counts, strict=True) if n != 0})
+    if not row.labels:
+        row = row.with_problem("warning", "its label map is empty", "Check that nothing was to be outlined in it")
+    return row
+
+
+def _describe(row: CaseCheck, grid: Grid, channels: int | None) -> CaseCheck:
+    spacing = tuple(round(s, 4) for s in grid.spacing)
+    return replace(row, shape=grid.shape, spacing=spacing, orientation=grid.orientation, channels=channels)
+
+
+def _intensities(row: CaseCheck, volume: Volume) -> CaseCheck:
+    for number, channel in enumerate(volume.values):
+        if channel.min() == channel.max():
+            row = row.with_problem("warning", f"channel {number} is constant", "Check that it was exported whole")
+    return row
+
+
+def _pairs(folder: Path) -> list[Case]:
+    """Cases by file name, for a folder whose dataset.json cannot be used."""
+    images = {stem(p): p for p in _niftis(folder / "imagesTr")}
+    labels = {stem(p): p for p in _niftis(folder / "labelsTr")}
+    return [
+        Case(name, images.get(name, folder / "imagesTr" / f"{name}.nii.gz"), labels.get(name), name)
+        for name in sorted({*images, *labels})
+    ]
+
+
+def _niftis(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if is_nifti(p)) if folder.is_dir() else []
+
+
+def _unlisted(task: Task) -> list[Problem]:
+    listed = {p.resolve() for case in task.cases for p in (case.image, case.label) if p}
+    found = [p for name in ("imagesTr", "labelsTr") for p in _niftis(task.folder / name) if p.resolve() not in listed]
+    if not found:
+        return []
+    names = ", ".join(f"{p.parent.name}/{p.name}" for p in found[:3]) + (", ..." if len(found) > 3 else "")
+    fault = f"{len(found)} files are not listed in dataset.json ({names})"
+    return [Problem("warning", fault, "List them or move them elsewhere; they are not used")]
+
+
+def _absent_labels(task: Task, rows: list[CaseCheck]) -> list[Problem]:
+    present = {number for row in rows for number in row.labels}
+    missing = [label for label in task.labels if label.number not in present]
+    return [
+        Problem(
+            "warning", f"no case has the label {label.number} {label.name}", "Take it off dataset.json or add cases"
+        )
+        for label in missing
+    ]
+
+
+def _strangers(rows: list[CaseCheck]) -> list[CaseCheck]:
+    """Mark cases whose size or spacing is far from their task's."""
+    known = [row for row in rows if row.shape and row.spacing]
+    if len(known) < 3:
+        return rows
+    voxels = np.median([np.prod(row.shape or 0) for row in known])
+    spacing = np.median([sorted(row.spacing or ()) for row in known], axis=0)
+    marked = []
+    for row in rows:
+        if row.shape and row.spacing:
+            size = float(np.prod(row.shape) / voxels)
+            step = np.max(np.abs(np.log(np.array(sorted(row.spacing)) / spacing)))
+            if max(size, 1 / size) > _STRANGE_VOXELS or step > np.log(_STRANGE_SPACING):
+                shape = "x".join(map(str, row.shape))
+                steps = "x".join(f"{s:g}" for s in row.spacing)
+                row = row.with_problem(
+                    "warning",
+                    f"{shape} voxels of {steps} mm are unlike the task's other cases",
+                    "Check that it belongs to this task",
+                )
+        marked.append(row)
+    return marked
+
+
+def _duplicates(rows: list[CaseCheck]) -> list[CaseCheck]:
+    same: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row.image_hash:
+            same[row.image_hash].append(row.id)
+    return [
+        row.with_problem(
+            "warning",
+            f"its image equals that of {', '.join(i for i in same[row.image_hash] if i != row.id)}",
+            "Keep one, or give both one subject in subjects.json, lest it is trained on and tested on",
+        )
+        if row.image_hash and len(same[row.image_hash]) > 1
+        else row
+        for row in rows
+    ]

@@ -1,0 +1,123 @@
+"""What is shipped: a folder of weights, plan, card and checksums. Data only; loading it runs
+nobody's code."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.core.errors import InputError
+from medseg.core.provenance import digest
+from medseg.io.files import new_folder, read_json, write_bytes, write_json, write_text
+from medseg.plan.plan import Configuration, Plan, read_plan, write_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "package.json"
+_ANOTHER = "Get the package again, or train it anew"
+_KEYS = {"format", "task", "configuration", "members", "checksums", "trained_on", "held_out", "provenance"}
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """A trained model. ``members`` are the weights of one network per fold, by tensor name;
+    ``held_out`` names the cases that no member was trained on."""
+
+    plan: Plan
+    configuration_name: str
+    members: tuple[dict[str, Tensor], ...]
+    trained_on: tuple[str, ...]
+    held_out: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def configuration(self) -> Configuration:
+        return self.plan.configuration(self.configuration_name)
+
+    @property
+    def name(self) -> str:
+        """Task and configuration, as people say it."""
+        return f"{self.plan.task} {self.configuration_name}"
+
+    def digest(self) -> str:
+        """SHA-256 of plan, configuration and weights: which model this is."""
+        hashes = [hashlib.sha256(_pack(m)).hexdigest() for m in self.members]
+        return digest([self.plan.digest(), self.configuration_name, hashes])
+
+
+def save_package(folder: Path, package: ModelPackage) -> None:
+    """Write a package to a new folder (or over an older package). The index comes last."""
+    new_folder(folder, holds=INDEX)
+    (folder / INDEX).unlink(missing_ok=True)
+    files = {f"member{i}.safetensors": _pack(weights) for i, weights in enumerate(package.members)}
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    write_plan(folder / "plan.json", package.plan)
+    write_text(folder / "README.md", _card(package))
+    checksums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("plan.json", *files)}
+    index = {
+        "format": 1,
+        "task": package.plan.task,
+        "configuration": package.configuration_name,
+        "members": list(files),
+        "checksums": checksums,
+        "trained_on": list(package.trained_on),
+        "held_out": list(package.held_out),
+        "provenance": package.provenance,
+    }
+    write_json(folder / INDEX, index)
+
+
+def load_package(folder: Path) -> ModelPackage:
+    """Read a package. Raises InputError where it is none, of another format, or where a file's
+    checksum is not what the index says."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not folder.is_dir() or not (folder / INDEX).exists():
+        raise InputError(
+            f"{folder} is no model package: it has no {INDEX}", "Name the folder that `medseg train` wrote"
+        )
+    index = read_json(folder / INDEX, _ANOTHER)
+    if not isinstance(index, dict) or index.get("format") != 1 or set(index) != _KEYS:
+        raise InputError(f"{folder / INDEX} has another format", "Use the medseg version that wrote it")
+    names = index["members"]
+    if not names or any(Path(name).name != name or name not in index["checksums"] for name in names):
+        raise InputError(f"{folder / INDEX} names members that it has no checksum for", _ANOTHER)
+    for name in ("plan.json", *names):
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index["checksums"].get(name):
+            raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
+    try:
+        members = tuple(load((folder / name).read_bytes()) for name in names)
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"the weights in {folder} cannot be read ({error})", _ANOTHER) from None
+    package = ModelPackage(
+        plan=read_plan(folder / "plan.json"),
+        configuration_name=str(index["configuration"]),
+        members=members,
+        trained_on=tuple(index["trained_on"]),
+        held_out=tuple(index["held_out"]),
+        provenance=index["provenance"],
+    )
+    package.plan.configuration(package.configuration_name)
+    return package
+
+
+def _pack(weights: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous() for name, tensor in sorted(weights.items())})
+
+
+def _card(package: ModelPackage) -> str:
+    labels = "\n".join(f"| {e.number} | {e.name} |" for e in package.plan.labels)
+    return (
+        f"# {package.name}\n\n"
+        f"Takes {', '.join(package.plan.channels)}. Trained on {len(package.trained_on)} cases; "
+        f"{len(package.held_out)} were held out. Research software; not a medical device.\n\n"
+        f"| number | structure |\n| --- | --- |\n{labels}\n"
+    )

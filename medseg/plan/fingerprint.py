@@ -1,0 +1,124 @@
+"""What the data look like: sizes, spacings, intensities, label volumes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.core.provenance import digest
+from medseg.core.volume import LabelMap, Volume
+from medseg.dataset.task import Case, Task, load_case
+from medseg.plan.plan import Finite, Millimetres, Strict, Three
+
+# Voxels per case and channel that intensity statistics stand on; nnU-Net takes as many.
+_SAMPLES = 10_000
+
+
+class CasePrint(Strict):
+    """One case, axes turned to run along x, y, z: voxels, spacing in mm, label volumes in mm3 by
+    number, and a hash of its image."""
+
+    id: str
+    shape: Three
+    spacing: tuple[Millimetres, Millimetres, Millimetres]
+    label_mm3: dict[int, Finite]
+    nonzero_share: Finite
+    image_hash: str
+
+
+class Intensities(Strict):
+    """A channel's intensities within the foreground of all training cases."""
+
+    channel: str
+    mean: Finite
+    std: Finite
+    percentile_00_5: Finite
+    percentile_99_5: Finite
+    minimum: Finite
+    maximum: Finite
+
+
+class Fingerprint(Strict):
+    """What was measured of a task."""
+
+    format: Literal[1] = 1
+    task: str
+    cases: tuple[CasePrint, ...]
+    intensities: tuple[Intensities, ...]
+
+    @property
+    def shapes(self) -> NDArray[np.float64]:
+        """(cases, 3) voxels."""
+        return np.array([c.shape for c in self.cases], dtype=np.float64)
+
+    @property
+    def spacings(self) -> NDArray[np.float64]:
+        """(cases, 3) mm."""
+        return np.array([c.spacing for c in self.cases])
+
+    @property
+    def duplicates(self) -> dict[str, str]:
+        """For each case whose image equals an earlier one's, that earlier case."""
+        first: dict[str, str] = {}
+        found = {}
+        for case in self.cases:
+            if first.setdefault(case.image_hash, case.id) != case.id:
+                found[case.id] = first[case.image_hash]
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 of the measurements."""
+        return digest(self.model_dump(mode="json"))
+
+
+def fingerprint(task: Task, *, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None) -> Fingerprint:
+    """Measure every training case. Raises InputError for the first one that is not sound."""
+    with ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0))))) as pool:
+        measured = pool.map(lambda case: _measure(task, case), task.cases)
+        rows = list(progress(measured, len(task.cases)) if progress else measured)
+    intensities = []
+    for number, channel in enumerate(task.channels):
+        values = np.concatenate([samples[number] for _, samples in rows])
+        low, high = np.percentile(values, (0.5, 99.5))
+        intensities.append(
+            Intensities(
+                channel=channel,
+                mean=float(values.mean()),
+                std=float(values.std()),
+                percentile_00_5=float(low),
+                percentile_99_5=float(high),
+                minimum=float(values.min()),
+                maximum=float(values.max()),
+            )
+        )
+    return Fingerprint(task=task.name, cases=tuple(row for row, _ in rows), intensities=tuple(intensities))
+
+
+def _measure(task: Task, case: Case) -> tuple[CasePrint, NDArray[np.float64]]:
+    """The case's row, and intensities (channels, n) sampled from its foreground."""
+    volume, labels = load_case(task, case)
+    grid = volume.grid.reoriented()
+    numbers, counts = np.unique(labels.values, return_counts=True)
+    row = CasePrint(
+        id=case.id,
+        shape=grid.shape,
+        spacing=grid.spacing,
+        label_mm3={int(n): float(c * grid.voxel_volume) for n, c in zip(numbers, counts, strict=True) if n != 0},
+        nonzero_share=float(np.count_nonzero(volume.values.any(axis=0)) / labels.values.size),
+        image_hash=digest(np.ascontiguousarray(volume.values).tobytes()),
+    )
+    return row, _sample(volume, labels)
+
+
+def _sample(volume: Volume, labels: LabelMap) -> NDArray[np.float64]:
+    inside = np.flatnonzero(labels.values)
+    if not len(inside):
+        inside = np.arange(labels.values.size)
+    step = max(1, len(inside) // _SAMPLES)
+    values = volume.values.reshape(volume.channels, -1)[:, inside[::step]]
+    return np.asarray(values, dtype=np.float64)

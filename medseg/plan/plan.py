@@ -1,0 +1,196 @@
+"""What was decided, each with its reason. A person may edit the file; it is checked when read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medseg.core.errors import InputError
+from medseg.core.labels import Label, LabelSet
+from medseg.core.provenance import digest
+from medseg.io.files import read_json, write_json
+
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=1)]
+Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Three = tuple[Count, Count, Count]
+
+
+class Strict(BaseModel):
+    """Frozen, and closed: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Decision(Strict, Generic[T]):
+    """A value, and why it was chosen."""
+
+    value: T
+    reason: str = ""
+
+
+class LabelEntry(Strict):
+    """A `Label` in a file."""
+
+    name: str
+    number: Count
+    code: str | None = None
+
+
+class Normalisation(Strict):
+    """How one channel's intensities become numbers near zero.
+
+    ``ct``: clip to [low, high] HU, subtract ``mean``, divide by ``std``, all measured on the
+    training set's foreground. ``zscore``: per case, over its non-zero voxels, clipped to their
+    0.5 and 99.5 percentiles.
+    """
+
+    channel: str
+    kind: Literal["ct", "zscore"]
+    low: Finite | None = None
+    high: Finite | None = None
+    mean: Finite | None = None
+    std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _ct_needs_numbers(self) -> Normalisation:
+        if self.kind == "ct" and None in (self.low, self.high, self.mean, self.std):
+            raise ValueError("ct needs low, high, mean and std")
+        return self
+
+
+class Network(Strict):
+    """A U-Net: per stage, from full resolution down, its features, kernel and stride, on the three
+    voxel axes (a 2D network has kernel and stride 1 along ``slice_axis``)."""
+
+    family: Literal["unet"] = "unet"
+    features: tuple[Count, ...]
+    kernels: tuple[Three, ...]
+    strides: tuple[Three, ...]
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Network:
+        if not len(self.features) == len(self.kernels) == len(self.strides):
+            raise ValueError("features, kernels and strides need one entry per stage")
+        if len(self.features) < 2 or self.strides[0] != (1, 1, 1):
+            raise ValueError("a U-Net has two stages or more, the first with stride 1")
+        return self
+
+    @property
+    def divisor(self) -> Three:
+        """What a patch must be a multiple of, per axis."""
+        product = [1, 1, 1]
+        for stride in self.strides:
+            product = [p * s for p, s in zip(product, stride, strict=True)]
+        return product[0], product[1], product[2]
+
+
+class Configuration(Strict):
+    """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z. In 2D the
+    patch is one voxel thick along ``slice_axis``."""
+
+    dimensions: Literal[2, 3]
+    slice_axis: Literal[0, 1, 2] | None = None
+    spacing: Decision[tuple[Millimetres, Millimetres, Millimetres]]
+    patch: Decision[Three]
+    batch: Decision[Count]
+    network: Decision[Network]
+
+    @model_validator(mode="after")
+    def _patch_fits(self) -> Configuration:
+        patch, network = self.patch.value, self.network.value
+        if any(p % d for p, d in zip(patch, network.divisor, strict=True)):
+            raise ValueError(f"patch {patch} is no multiple of the strides' product {network.divisor}")
+        if (self.dimensions == 2) != (self.slice_axis is not None):
+            raise ValueError("a 2D configuration, and only that, needs slice_axis")
+        if self.slice_axis is not None and patch[self.slice_axis] != 1:
+            raise ValueError(f"a 2D patch is one voxel thick along axis {self.slice_axis}")
+        return self
+
+
+class Augmentation(Strict):
+    """How far training patches are varied. ``mirror`` lists the axes (0 x, 1 y, 2 z) to flip."""
+
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
+    scaling: Annotated[float, Field(ge=0, lt=0.9)] = 0.2
+    spatial_share: Share = 0.5
+    intensity: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    noise: Annotated[float, Field(ge=0, le=2)] = 0.1
+    mirror: tuple[Literal[0, 1, 2], ...] = ()
+
+
+class Training(Strict):
+    """How to train, whatever the configuration."""
+
+    learning_rate: Decision[Annotated[float, Field(gt=0, lt=1)]]
+    weight_decay: Decision[Annotated[float, Field(ge=0, lt=1)]]
+    foreground_share: Decision[Share]
+    augmentation: Decision[Augmentation]
+    epochs: Decision[Count]
+    steps_per_epoch: Count = 50
+
+
+class Plan(Strict):
+    """Everything a run needs to know besides paths, device, seed and budget."""
+
+    format: Literal[1] = 1
+    task: str
+    channels: tuple[str, ...]
+    labels: tuple[LabelEntry, ...]
+    normalisation: Decision[tuple[Normalisation, ...]]
+    configurations: dict[str, Configuration]
+    training: Training
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Plan:
+        if [n.channel for n in self.normalisation.value] != list(self.channels):
+            raise ValueError("normalisation needs one entry per channel, in their order")
+        return self
+
+    @property
+    def label_set(self) -> LabelSet:
+        return LabelSet(tuple(Label(e.name, e.number, e.code) for e in self.labels))
+
+    def configuration(self, name: str) -> Configuration:
+        """A configuration by name; InputError where the plan has none of it."""
+        if name not in self.configurations:
+            raise InputError(
+                f"the plan of {self.task} has no configuration {name!r}", f"It has {', '.join(self.configurations)}"
+            )
+        return self.configurations[name]
+
+    def digest(self) -> str:
+        """SHA-256 of what the plan decides; reasons do not count."""
+        return digest(_without_reasons(self.model_dump(mode="json")))
+
+
+def _without_reasons(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_reasons(v) for k, v in value.items() if k != "reason"}
+    return [_without_reasons(v) for v in value] if isinstance(value, list) else value
+
+
+def parse_plan(value: Any, where: str) -> Plan:
+    """A plan from what JSON held; InputError naming the first thing that is wrong."""
+    try:
+        return Plan.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise InputError(f"{where} is no sound plan: {key}: {first['msg']}", "Correct it, or plan anew") from None
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. Raises InputError where it is missing, of another format or edited amiss."""
+    return parse_plan(read_json(path, "Make it with `medseg plan`"), str(path))
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a plan as JSON. Atomic."""
+    write_json(path, plan.model_dump(mode="json"))

@@ -1,0 +1,48 @@
+"""Which patch comes next. A step's patches depend on the seed and the step's number alone, so that
+a run can be taken up again anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from medseg.io.store import StoredCase
+
+
+@dataclass(frozen=True)
+class Place:
+    """A patch to cut: the case, and the patch's middle in voxels of the case's array."""
+
+    case: int
+    centre: tuple[float, float, float]
+
+
+def draw_case(seed: int, number: int, cases: int) -> int:
+    """The case of the ``number``-th patch: all cases in a new random order each round."""
+    round_, place = divmod(number, cases)
+    return int(np.random.default_rng([seed, 1, round_]).permutation(cases)[place])
+
+
+def draw_place(
+    rng: np.random.Generator, cases: Sequence[StoredCase], case: int, patch: tuple[int, int, int], foreground: float
+) -> Place:
+    """A patch's place in a case.
+
+    With probability ``foreground`` it is centred on a random voxel of a random structure of the
+    case, else anywhere. The patch stays within the array, or is centred on it along an axis where
+    the array is shorter.
+    """
+    shape = cases[case].labels.shape
+    places = {number: where for number, where in cases[case].places.items() if len(where)}
+    wanted = rng.random() < foreground and places
+    if wanted:
+        where = places[sorted(places)[rng.integers(len(places))]]
+        middle = np.array(np.unravel_index(where[rng.integers(len(where))], shape), dtype=float)
+    else:
+        middle = rng.random(3) * np.array(shape) - 0.5
+    low = np.array([(p - 1) / 2 for p in patch])
+    high = np.array([n - 1 - (p - 1) / 2 for n, p in zip(shape, patch, strict=True)])
+    centre = np.where(high <= low, (np.array(shape) - 1) / 2, np.clip(np.round(middle - low) + low, low, high))
+    return Place(case, (float(centre[0]), float(centre[1]), float(centre[2])))
