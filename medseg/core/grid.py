@@ -17,6 +17,10 @@ Float64 = NDArray[np.float64]
 # affines rounded to float32 or to a few decimals; 0.013 mm has been seen in valid pairs.
 SAME_GRID_MM = 0.05
 
+# What lies beyond these was not measured in millimetres, and products of it vanish or overflow.
+_SMALLEST_MM = 1e-6
+_LARGEST_MM = 1e9
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -26,8 +30,8 @@ class Grid:
     (i, j, k, 1) to millimetres (x, y, z, 1), where x grows to the patient's right, y to the
     anterior and z to the superior (RAS+). Index (0, 0, 0) is the centre of the first voxel.
 
-    Raises InputError for an affine that is not finite or that folds space flat, and for a shape
-    with an axis below one.
+    Raises InputError for an affine that is not finite, that folds space flat or whose last row is
+    not 0 0 0 1, and for a shape with an axis below one.
     """
 
     shape: tuple[int, int, int]
@@ -35,13 +39,19 @@ class Grid:
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
-        affine = np.array(self.affine, dtype=np.float64)
+        # Adding zero copies, and makes 0.0 of -0.0, so that equal grids hash alike.
+        with np.errstate(invalid="ignore"):
+            affine = np.asarray(self.affine, dtype=np.float64) + 0.0
         if len(shape) != 3 or min(shape) < 1:
             raise InputError(f"a grid of shape {shape}", "A grid needs three axes of at least one voxel")
-        if affine.shape != (4, 4) or not np.isfinite(affine).all():
-            raise InputError("the affine is not a finite 4x4 matrix", "Write the file anew with a valid header")
+        if affine.shape != (4, 4) or not (np.abs(affine) < _LARGEST_MM).all():
+            raise InputError(
+                "the affine is not a 4x4 matrix of finite numbers", "Write the file anew with a valid header"
+            )
+        if (affine[3] != (0, 0, 0, 1)).any():
+            raise InputError(f"the affine ends in the row {affine[3]}", "Its last row must be 0 0 0 1")
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        if spacing.min() <= 0 or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing.prod():
+        if spacing.min() < _SMALLEST_MM or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing.prod():
             raise InputError(
                 f"the affine is singular (voxel spacing {_numbers(spacing)} mm)",
                 "Write the file anew with a valid header",
@@ -155,9 +165,11 @@ class Grid:
 
         The field of view reaches from the outer edge of the first voxel to that of the last; the
         number of voxels is rounded, and the new voxels are centred on the old field of view, so
-        that no side is favoured.
+        that no side is favoured. Raises InputError for a spacing that is not a positive number.
         """
         wanted = np.asarray(spacing, dtype=np.float64)
+        if not (np.isfinite(wanted).all() and wanted.min() > 0):
+            raise InputError(f"a voxel spacing of {_numbers(np.atleast_1d(wanted))} mm", "Give positive numbers")
         old = np.asarray(self.spacing)
         extent = old * self.shape
         shape = np.maximum(np.rint(extent / wanted), 1).astype(int)

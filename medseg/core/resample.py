@@ -108,7 +108,8 @@ def resample(image: Volume | LabelMap, onto: Grid, *, fill: float = 0.0) -> Volu
     outside the old field of view, which reaches to the outer edges of its outermost voxels. Labels
     take, at each new voxel, the one with the largest linearly interpolated weight, ties going to
     the background and then to the lower number; outside is background. Where every new voxel is an
-    old one (cropping, padding, flipping, permuting) values are copied, keeping their dtype.
+    old one (cropping, padding, flipping, permuting) values are copied, keeping their dtype unless it
+    cannot hold ``fill``.
     """
     maps = axis_maps(image.grid, onto)
     if maps is not None and all(m.on_voxels for m in maps):
@@ -123,9 +124,14 @@ def resample(image: Volume | LabelMap, onto: Grid, *, fill: float = 0.0) -> Volu
 def _copy(image: Volume | LabelMap, maps: tuple[AxisMap, ...], onto: Grid, fill: float) -> Volume | LabelMap:
     values = image.values if isinstance(image, Volume) else image.values[None]
     values = values.transpose(0, *(1 + m.source for m in maps))
-    out = np.full((len(values), *onto.shape), fill if isinstance(image, Volume) else 0, dtype=values.dtype)
     picks = [np.rint(m.positions).astype(int) for m in maps]
     keeps = [np.flatnonzero((p >= 0) & (p < n)) for p, n in zip(picks, values.shape[1:], strict=True)]
+    reaches_outside = tuple(len(k) for k in keeps) != onto.shape
+    fill = fill if isinstance(image, Volume) else 0
+    keeps_dtype = not reaches_outside or _holds(values.dtype, fill)
+    out = np.full(
+        (len(values), *onto.shape), fill if reaches_outside else 0, values.dtype if keeps_dtype else np.float32
+    )
     if all(len(k) for k in keeps):
         target = (slice(None), *(slice(k[0], k[-1] + 1) for k in keeps))
         for axis, (pick, keep) in enumerate(zip(picks, keeps, strict=True), start=1):
@@ -137,6 +143,13 @@ def _copy(image: Volume | LabelMap, maps: tuple[AxisMap, ...], onto: Grid, fill:
                 values = np.take(values, pick[keep], axis=axis)
         out[target] = values
     return Volume(out, onto) if isinstance(image, Volume) else LabelMap(out[0], onto, image.labels)
+
+
+def _holds(dtype: np.dtype[Any], value: float) -> bool:
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        return float(value).is_integer() and int(limits.min) <= value <= int(limits.max)
+    return True
 
 
 def _interpolate(image: Volume, maps: tuple[AxisMap, ...], onto: Grid, fill: float) -> Float32:

@@ -1,0 +1,98 @@
+"""What tests of several layers share: the real files, and small datasets of blobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no deadline: machines that run tests are busy machines.
+settings.register_profile("medseg", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("medseg")
+
+_SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real scans beside the repository; the test is skipped where there is none."""
+    if not _SHARED.is_dir():
+        pytest.skip("no real files beside this repository")
+    return _SHARED
+
+
+def tiny_task(
+    folder: Path,
+    cases: int = 6,
+    *,
+    shape: tuple[int, int, int] = (20, 24, 16),
+    spacing: Sequence[float] = (1.0, 1.0, 2.0),
+    channels: Sequence[str] = ("CT",),
+    labels: Sequence[str] = ("left blob", "right blob"),
+    unlabelled: int = 0,
+    seed: int = 0,
+) -> Path:
+    """Write a Decathlon-like task of noisy ellipsoids, one per label, and return its folder.
+
+    Case ids are ``blob_000``, ``blob_001``, ...; sizes vary by a voxel or two from case to case,
+    and ``unlabelled`` more cases stand in imagesTs.
+    """
+    rng = np.random.default_rng(seed)
+    name = folder.name.split("_", 1)[-1]
+    training, test = [], []
+    for number in range(cases + unlabelled):
+        size = np.array(shape) + rng.integers(-1, 3, 3)
+        affine = np.diag([*spacing, 1.0])
+        affine[:3, 3] = rng.uniform(-50, 50, 3).round(2)
+        index = np.stack(np.indices(size), axis=-1)
+        seg = np.zeros(size, dtype=np.uint8)
+        for label in range(1, len(labels) + 1):
+            along_x = label / (len(labels) + 1)
+            centre = (size - 1) * np.array([along_x, 0.5, 0.5]) + rng.uniform(-1, 1, 3)
+            radius = size * np.array([0.8 / (len(labels) + 1) / 2, 0.22, 0.25])
+            seg[(((index - centre) / radius) ** 2).sum(axis=-1) <= 1] = label
+        image = np.stack([seg * 100.0 * (c + 1) + rng.normal(0, 20, size) for c in range(len(channels))], axis=-1)
+        image = np.rint(image if len(channels) > 1 else image[..., 0]).astype(np.int16)
+        where = "Tr" if number < cases else "Ts"
+        path = f"blob_{number:03d}.nii.gz"
+        _save(folder / f"images{where}" / path, image, affine)
+        if number < cases:
+            _save(folder / "labelsTr" / path, seg, affine)
+            training.append({"image": f"./imagesTr/{path}", "label": f"./labelsTr/{path}"})
+        else:
+            test.append(f"./imagesTs/{path}")
+    descriptor: dict[str, Any] = {
+        "name": name,
+        "description": "Random ellipsoids",
+        "reference": "made up",
+        "licence": "CC0",
+        "tensorImageSize": "4D" if len(channels) > 1 else "3D",
+        "modality": {str(i): c for i, c in enumerate(channels)},
+        "labels": {str(i): label for i, label in enumerate(["background", *labels])},
+        "numTraining": cases,
+        "numTest": unlabelled,
+        "training": training,
+        "test": test,
+    }
+    (folder / "dataset.json").write_text(json.dumps(descriptor, indent=1))
+    return folder
+
+
+def _save(path: Path, values: Any, affine: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(values, affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    nib.save(image, path)
+
+
+@pytest.fixture(scope="session", name="tiny_task")
+def tiny_task_fixture() -> Callable[..., Path]:
+    """`tiny_task` for tests in folders that cannot import this file."""
+    return tiny_task
