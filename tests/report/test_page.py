@@ -1,0 +1,285 @@
+"""What the page promises: nothing loaded, nothing unescaped, the same bytes, and the right numbers."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from medseg.core.errors import InputError
+from medseg.core.grid import Grid
+from medseg.core.labels import LabelSet
+from medseg.core.volume import LabelMap
+from medseg.evaluate.score import CaseMetrics
+from medseg.report import page
+
+VOID = {"meta", "link", "input", "br", "hr", "img"}
+HOSTILE = "<script>alert('1')</script>\"|&"
+
+
+def row(case: str, label: int, dice: float | None, *, status: str = "ok", name: str = "") -> CaseMetrics:
+    found = status == "ok"
+    return CaseMetrics(
+        case=case,
+        label=label,
+        name=name or f"organ {label}",
+        status=status,
+        dice=dice,
+        iou=None if dice is None else dice / (2 - dice),
+        hd95_mm=None if dice is None else 10 * (1 - dice) if found else 500.0,
+        assd_mm=None if dice is None else 3 * (1 - dice) if found else 500.0,
+        nsd=dice,
+        tolerance_mm=2.0,
+        reference_mm3=0.0 if status == "invented" else 1000.0,
+        predicted_mm3=0.0 if status == "missed" else 900.0,
+        volume_error_mm3=-100.0,
+        volume_error_percent=None if status == "invented" else -10.0,
+    )
+
+
+def overlay(kind: page.Kind = "best", case: str = "case_1", size: int = 40) -> page.Overlay:
+    grid = Grid.from_spacing((size, size, 20), (1, 1, 5))
+    values = np.zeros(grid.shape, np.uint8)
+    values[5 : size - 5, 5 : size - 5, 4:16] = 1
+    labels = LabelMap(values, grid, LabelSet.from_names(["liver", "spleen"]))
+    image = np.random.default_rng(0).normal(size=grid.shape)
+    return page.Overlay(case, "3d", kind, image, grid, labels, labels, 1.0)
+
+
+def curve(steps: int = 100, reached: int = 100) -> page.Curve:
+    records = [
+        {"step": s, "steps": steps, "seconds": 2.0 * s, "loss": 1 / s, "learning_rate": 0.01}
+        | ({"dice": 1 - 1 / s, "dice_by_label": {"liver": 1 - 1 / s}} if s % 10 == 0 else {})
+        for s in range(1, reached + 1)
+    ]
+    return page.Curve("3d", 0, tuple(records))
+
+
+def run(**changes) -> page.RunPage:
+    rows = tuple(row(f"case_{n}", label, 0.5 + 0.04 * n + 0.1 * label) for n in range(8) for label in (1, 2))
+    full = page.RunPage(
+        title="A run",
+        task="Task01",
+        description="Two organs.",
+        cases=8,
+        folds=2,
+        decisions=(page.Decision("patch", "64x64", "It fits.", "2d"), page.Decision("seed", "7", "Given.")),
+        scored=(page.Scored("3d", 0, rows), page.Scored("2d", 0, rows[:8]), page.Scored("2d", 1, rows[8:])),
+        curves=(curve(),),
+        overlays=(overlay("worst", "case_9"), overlay()),
+        provenance={"medseg": "0.1"},
+        commands=("medseg report runs/1",),
+        warnings=("Few cases.",),
+    )
+    return dataclasses.replace(full, **changes)
+
+
+class Reader(HTMLParser):
+    """Keeps the open elements, and what was loaded, named and said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if len(dict(attrs)) != len(attrs):
+            self.faults.append(f"an attribute twice in {tag}")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    return reader
+
+
+PAGES = {
+    "full": run(),
+    "nothing": page.RunPage("A run", "Task01"),
+    "training": page.RunPage("A run", "Task01", curves=(curve(reached=30), page.Curve("2d", 0, ()))),
+    "unvalidated": page.RunPage("A run", "Task01", curves=(curve(reached=5),)),
+    "empty fold": page.RunPage("A run", "Task01", scored=(page.Scored("3d", 0, ()),)),
+    "both empty": page.RunPage("A", "T", scored=(page.Scored("3d", 0, (row("a", 1, None, status="both empty"),)),)),
+}
+
+
+@pytest.mark.parametrize("which", PAGES)
+def test_every_page_is_sound(which):
+    html = page.render(PAGES[which])
+    reader = read(html)
+    assert html.lstrip().startswith("<!doctype html>")
+    assert reader.faults == []
+    assert reader.open == []
+    ids = [a["id"] for _, a in reader.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    anchors = [a["href"] for tag, a in reader.elements if tag == "a"]
+    assert {href[1:] for href in anchors} <= set(ids)
+
+
+@pytest.mark.parametrize("which", PAGES)
+def test_nothing_is_loaded(which):
+    html = page.render(PAGES[which])
+    assert not re.search(r"https?:|@import|url\(|//[a-z]+\.", html)
+    for tag, attributes in read(html).elements:
+        assert tag not in ("link", "iframe", "object", "base")
+        assert not attributes.get("src")
+        assert (attributes.get("href") or "#").startswith(("#", "data:image/png"))
+
+
+def test_tables_and_pictures_can_be_heard():
+    reader = read(page.render(run()))
+    assert all(a.get("scope") in ("row", "col") for tag, a in reader.elements if tag == "th")
+    pictures = [a for tag, a in reader.elements if tag == "svg" and a.get("role") == "img"]
+    assert pictures
+    assert all(a.get("aria-label") for a in pictures)
+    assert all(
+        "aria-hidden" in a or "role" in a or "preserveaspectratio" in a for t, a in reader.elements if t == "svg"
+    )
+
+
+def test_the_same_run_gives_the_same_bytes():
+    assert page.render(run()) == page.render(run())
+    turned = run(scored=run().scored[::-1], overlays=run().overlays[::-1])
+    assert page.render(turned) == page.render(run())
+
+
+def test_hostile_names_are_only_names():
+    rows = (row(HOSTILE, 1, 0.5, name=HOSTILE), row("b", 1, 0.6, name=HOSTILE), row("c", 1, 0.6, name=HOSTILE))
+    hostile = page.RunPage(
+        title=HOSTILE,
+        task=HOSTILE,
+        description=HOSTILE,
+        decisions=(page.Decision(HOSTILE, HOSTILE, HOSTILE, HOSTILE),),
+        scored=(page.Scored(HOSTILE, 0, rows),),
+        curves=(dataclasses.replace(curve(), configuration=HOSTILE),),
+        overlays=(dataclasses.replace(overlay(case=HOSTILE), configuration=HOSTILE),),
+        provenance={HOSTILE: HOSTILE},
+        commands=(HOSTILE,),
+        warnings=(HOSTILE,),
+    )
+    reader = read(page.render(hostile))
+    assert [tag for tag, _ in reader.elements].count("script") == 1
+    assert reader.faults == []
+    assert reader.text.count(HOSTILE) > 10
+    assert all(not name.startswith("on") for _, attributes in reader.elements for name in attributes)
+
+
+def test_an_unfinished_run_says_so():
+    assert "not finished: no training has been logged" in page.render(PAGES["nothing"])
+    training = page.render(PAGES["training"])
+    assert "not finished: training has begun" in training
+    assert '<td class="bad">30</td><td>100</td>' in training
+
+
+def test_a_missed_organ_is_named_and_counted():
+    rows = (*(row(f"case_{n}", 1, 0.9) for n in range(3)), row("case_3", 1, 0.0, status="missed"))
+    html = page.render(run(scored=(page.Scored("3d", 0, rows),)))
+    assert "1 of 4 structures was missed entirely, and case_3 is the worst case with 0.00" in html
+    assert '<dd class="bad">1 of 4</dd>' in html
+    assert '<td class="bad">missed</td>' in html
+    assert "1 unmeasured" in html
+    assert "500.0 mm" not in html, "the conventional distance is no point of the strip"
+
+
+def test_summary_speaks_of_the_better_configuration():
+    good, poor = (tuple(row(f"case_{n}", 1, d) for n in range(3)) for d in (0.9, 0.6))
+    html = page.render(run(scored=(page.Scored("2d", 0, poor), page.Scored("3d", 0, good))))
+    assert "Configuration 3d reaches a mean Dice of 0.90 (2d 0.60) on 3 cases" in html
+    assert "no structure was missed, and case_0 is the worst case with 0.90" in html
+
+
+def test_the_mean_counts_every_organ_the_same():
+    rows = (row("a", 1, 1.0), row("b", 1, 1.0), row("c", 1, 1.0), row("a", 2, 0.5))
+    assert '<p class="big">0.750 ' in page.render(run(scored=(page.Scored("3d", 0, rows),)))
+
+
+def test_a_case_scored_twice_is_refused():
+    rows = (row("a", 1, 1.0),)
+    with pytest.raises(InputError, match="comes twice"):
+        page.render(run(scored=(page.Scored("3d", 0, rows), page.Scored("3d", 1, rows))))
+
+
+def test_pick_cases_known_answer():
+    dice = {"a": (0.9, 0.9), "b": (0.2, 0.4), "c": (0.7, None), "d": (0.6, 0.6), "e": (1.0, 0.9)}
+    rows = [
+        row(case, label, d, status="ok" if d is not None else "both empty")
+        for case, pair in dice.items()
+        for label, d in enumerate(pair, start=1)
+    ]
+    assert page.pick_cases(rows) == {"best": "e", "median": "c", "worst": "b"}
+    assert page.pick_cases(reversed(rows)) == page.pick_cases(rows)
+
+
+def test_pick_cases_of_few_and_of_equals():
+    assert page.pick_cases([]) == {}
+    assert page.pick_cases([row("a", 1, None, status="both empty")]) == {}
+    assert page.pick_cases([row("a", 1, 0.5)]) == {"median": "a"}
+    assert page.pick_cases([row("a", 1, 0.5), row("b", 1, 0.4)]) == {"best": "a", "worst": "b"}
+    assert page.pick_cases([row(c, 1, 0.5) for c in "dbca"]) == {"worst": "a", "median": "b", "best": "d"}
+
+
+def test_aspect_of_an_anisotropic_scan_reaches_the_page():
+    html = page.render(run(overlays=(overlay(),)))
+    # The organ spans all but 5 voxels, so 30 mm around it is the whole scan: 40 x 40 x 100 mm.
+    boxes = re.findall(r'<svg viewBox="0 0 ([\d.]+) ([\d.]+)" role', html)
+    assert [tuple(map(float, b)) for b in boxes] == [(40, 40), (40, 100), (40, 100)]
+
+
+def test_maps_on_another_grid_are_refused_by_name():
+    moved = dataclasses.replace(overlay(), grid=Grid.from_spacing((40, 40, 20), (1, 1, 4)))
+    with pytest.raises(InputError, match="case case_1: the reference does not lie"):
+        page.render(run(overlays=(moved,)))
+
+
+def test_pictures_lose_resolution_before_the_page_gets_too_large(monkeypatch):
+    sharp = page.render(run())
+    monkeypatch.setattr(page, "_PICTURE_BYTES", 4000)
+    monkeypatch.setattr(page, "_SIDES", (512, 8))
+    small = page.render(run())
+    assert len(small) < len(sharp)
+    assert read(small).faults == []
+
+
+@pytest.mark.slow
+def test_a_large_run_stays_below_ten_megabytes():
+    rows = tuple(
+        row(f"case_{n:03d}", label, 0.5 + (n * label % 97) / 200) for n in range(60) for label in range(1, 105)
+    )
+    kinds: tuple[page.Kind, ...] = ("best", "median", "worst")
+    shown = tuple(dataclasses.replace(overlay(k, size=500), configuration=c) for k in kinds for c in ("2d", "3d"))
+    html = page.render(run(scored=tuple(page.Scored(c, 0, rows) for c in ("2d", "3d")), overlays=shown))
+    assert len(html.encode()) < 10_000_000
+    assert f"(the worst of {2 * len(rows)})" in html
+
+
+def test_markdown_known_answer():
+    rows = (row("a", 1, 0.8, name="li|ver"), row("b", 1, 0.6, name="li|ver"))
+    lines = page.to_markdown([page.Scored("3d", 0, rows)]).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith(r"| 3d | li\|ver | 2 | 0.700 ± 0.141 | 0.700 |")
+    assert lines[3].startswith("| 3d | **mean over organs** | 2 | 0.700 | 0.700 |")
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert len(page.to_markdown([]).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (-0.04, "0.0"), (-1.25, "−1.2"), (3, "3.0")])
+def test_numbers_as_words(value, text):
+    assert page._text(value, 1) == text
