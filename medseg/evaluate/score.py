@@ -139,6 +139,17 @@ def score(
     return rows
 
 
+def evaluate(
+    pairs: Iterable[tuple[str, LabelMap, LabelMap]], *, tolerance_mm: float | Mapping[int, float] = TOLERANCE_MM
+) -> list[CaseMetrics]:
+    """The rows of many cases: (case, prediction, reference) each, as `score` takes them."""
+    return [
+        row
+        for case, prediction, reference in pairs
+        for row in score(prediction, reference, case=case, tolerance_mm=tolerance_mm)
+    ]
+
+
 def diagonal_mm(grid: Grid) -> float:
     """The longest distance within an image, from outer corner to outer corner, in mm."""
     edges = grid.affine[:3, :3] * grid.shape
@@ -186,7 +197,7 @@ def to_json(rows: Sequence[CaseMetrics], *, provenance: Mapping[str, Any] | None
     ``provenance`` says where the label maps come from; it must itself be fit for JSON.
     """
     return {
-        "format_version": FORMAT_VERSION,
+        "format": FORMAT_VERSION,
         "provenance": dict(provenance) if provenance is not None else None,
         "rows": [asdict(row) for row in rows],
         "summary": [asdict(summary) for summary in summarise(rows)],
@@ -201,10 +212,10 @@ def from_json(document: Mapping[str, Any]) -> list[CaseMetrics]:
     """
     if not isinstance(document, Mapping):
         raise InputError("the scores are no table of keys", _UNREADABLE)
-    version = document.get("format_version")
+    version = document.get("format")
     if version != FORMAT_VERSION:
         raise InputError(f"scores of format version {version!r}, not {FORMAT_VERSION}", _UNREADABLE)
-    _same_keys(document, {"format_version", "provenance", "rows", "summary"}, "the scores")
+    _same_keys(document, {"format", "provenance", "rows", "summary"}, "the scores")
     if not isinstance(document["rows"], list):
         raise InputError("the rows of the scores are no list", _UNREADABLE)
     return [_row(row, f"row {number} of the scores") for number, row in enumerate(document["rows"], start=1)]

@@ -76,12 +76,14 @@ def _no_constant(word: str) -> None:
 def new_folder(path: Path, *, holds: str) -> Path:
     """A folder to write to: new, empty, or one that this command wrote before.
 
-    ``holds`` names the file by which such a folder is known. Raises InputError where the folder
-    holds something else, so that nothing of someone else's is mixed in or written over.
+    ``holds`` names the file by which such a folder is known when it is whole; until then a hidden
+    file of that name marks it. Raises InputError where the folder holds something else, so that
+    nothing of someone else's is mixed in or written over.
     """
+    marker = path / f".{holds}"
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file", "Name a folder that is new or empty")
-    if path.is_dir() and not (path / holds).exists():
+    if path.is_dir() and not (path / holds).exists() and not marker.exists():
         strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
         if strangers:
             raise InputError(
@@ -91,6 +93,7 @@ def new_folder(path: Path, *, holds: str) -> Path:
             )
     try:
         path.mkdir(parents=True, exist_ok=True)
+        marker.touch()
     except OSError as error:
         raise InputError(f"cannot make the folder {path} ({error.strerror})", "Name another folder") from None
     return path

@@ -40,7 +40,11 @@ class CaseStore:
         _save(self.folder / f"{case}.image.npy", np.ascontiguousarray(image, dtype=np.float16))
         _save(self.folder / f"{case}.labels.npy", np.ascontiguousarray(labels))
         packed = io.BytesIO()
-        np.savez(packed, **{str(number): np.asarray(where, dtype=np.int64) for number, where in places.items()})
+        np.savez(
+            packed,
+            allow_pickle=False,
+            **{str(number): np.asarray(where, dtype=np.int64) for number, where in places.items()},
+        )
         with atomic(self.folder / f"{case}.places.npz") as file:
             file.write(packed.getvalue())
 

@@ -3,6 +3,8 @@ ReLU, strided downsampling, transposed upsampling, deep supervision."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from monai.networks.nets.dynunet import DynUNet
 from torch import nn
@@ -16,13 +18,28 @@ _SUPERVISED = 2
 class UNet(DynUNet):
     """DynUNet whose deeper outputs keep their own, lower resolution in training.
 
-    MONAI enlarges them all to the patch's size first, which costs time and memory for nothing.
+    MONAI enlarges them all to the patch's size first, which costs time and memory for nothing. Each
+    block is held once, under its plain name, where DynUNet also nests them: weights files could
+    not hold them twice.
     """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        del self.skip_layers, self.heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits (B, classes, ...); in training a list, finest first."""
-        out: torch.Tensor = self.output_block(self.skip_layers(x))
-        return [out, *self.heads] if self.training and self.deep_supervision else out
+        skips = [self.input_block(x)]
+        for block in self.downsamples:
+            skips.append(block(skips[-1]))
+        decoded = [self.bottleneck(skips[-1])]
+        for block, skip in zip(self.upsamples, reversed(skips), strict=True):
+            decoded.append(block(decoded[-1], skip))
+        out: torch.Tensor = self.output_block(decoded[-1])
+        if not (self.training and self.deep_supervision):
+            return out
+        coarser = reversed(decoded[-1 - len(self.deep_supervision_heads) : -1])
+        return [out, *(head(one) for head, one in zip(self.deep_supervision_heads, coarser, strict=True))]
 
 
 def unet(configuration: Configuration, channels: int, classes: int) -> nn.Module:

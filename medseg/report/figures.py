@@ -8,9 +8,8 @@ grey values of a scan become an image (PNG); what is outlined on it stays a path
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -242,14 +241,9 @@ def shrunk(grey: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], int]:
 
 
 def png(grey: NDArray[np.uint8]) -> str:
-    """A grey picture (rows, columns) as the data URI of an 8-bit PNG (ISO/IEC 15948)."""
-    rows, columns = grey.shape
-    # Filter 2: each row as the difference to the one above, modulo 256.
-    steps = np.diff(grey, axis=0, prepend=np.zeros((1, columns), dtype=np.uint8))
-    lines = np.concatenate([np.full((rows, 1), 2, dtype=np.uint8), steps], axis=1)
-    header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    )
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    """A grey picture (rows, columns) as the data URI of an 8-bit PNG."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(grey).save(data, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -175,7 +175,7 @@ def to_markdown(scored: Iterable[Scored]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render(run: RunPage) -> str:
+def report(run: RunPage) -> str:
     """The page of a run as one HTML text. The same run gives the same text.
 
     Raises InputError where a configuration scored a case twice, and where the label maps of an

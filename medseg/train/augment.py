@@ -114,8 +114,8 @@ def _box(values: NDArray[Any], start: list[int], shape: tuple[int, int, int], dt
             return out
         inner.append(slice(first, last))
         outer.append(slice(first - s, last - s))
-    piece = np.ascontiguousarray(values[(slice(None), *inner)])
-    out[(slice(None), *outer)] = torch.from_numpy(piece).to(dtype)
+    # Copied, since torch takes no read-only arrays, which mapped files are.
+    out[(slice(None), *outer)] = torch.from_numpy(np.array(values[(slice(None), *inner)])).to(dtype)
     return out
 
 

@@ -248,7 +248,7 @@ def validate(
         for label in plan.label_set:
             truth = reference.values == label.number
             if truth.any():
-                scores[label.name].append(dice(found.values == label.number, truth) or 0.0)
+                scores[label.name].append(dice(found.values == label.number, truth))
     means = {name: float(np.mean(values)) for name, values in scores.items() if values}
     return {"dice": float(np.mean(list(means.values()))) if means else 0.0, "dice_by_label": means}
 

@@ -249,8 +249,8 @@ def without(table, key):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: d | {"format_version": 2}, "format version 2"),
-        (lambda d: without(d, "format_version"), "format version None"),
+        (lambda d: d | {"format": 2}, "format version 2"),
+        (lambda d: without(d, "format"), "format version None"),
         (lambda d: d | {"colour": "red"}, "unknown in the scores: colour"),
         (lambda d: without(d, "summary"), "missing in the scores: summary"),
         (lambda d: d | {"rows": {}}, "no list"),

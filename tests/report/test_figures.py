@@ -1,12 +1,13 @@
 """Known places, known planes: what a picture must show is worked out by hand."""
 
 import base64
-import zlib
+import io
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
@@ -152,21 +153,7 @@ def test_outline_has_a_part_for_a_hole():
 def test_png_comes_back():
     grey = np.random.default_rng(0).integers(0, 256, (7, 5), dtype=np.uint8)
     data = base64.b64decode(figures.png(grey).removeprefix("data:image/png;base64,"))
-    start = data.index(b"IDAT") + 4
-    length = int.from_bytes(data[start - 8 : start - 4], "big")
-    lines = np.frombuffer(zlib.decompress(data[start : start + length]), np.uint8).reshape(7, 6)
-    assert (lines[:, 0] == 2).all()
-    np.testing.assert_array_equal(np.cumsum(lines[:, 1:], axis=0, dtype=np.uint8), grey)
-
-
-def test_png_is_read_by_others():
-    import io
-
-    from matplotlib.image import imread
-
-    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-    read = imread(io.BytesIO(base64.b64decode(figures.png(grey).split(",")[1])), format="png")
-    np.testing.assert_array_equal(np.rint(read * 255), grey)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), grey)
 
 
 def test_shrunk_averages_blocks():

@@ -123,7 +123,7 @@ PAGES = {
 
 @pytest.mark.parametrize("which", PAGES)
 def test_every_page_is_sound(which):
-    html = page.render(PAGES[which])
+    html = page.report(PAGES[which])
     reader = read(html)
     assert html.lstrip().startswith("<!doctype html>")
     assert reader.faults == []
@@ -136,7 +136,7 @@ def test_every_page_is_sound(which):
 
 @pytest.mark.parametrize("which", PAGES)
 def test_nothing_is_loaded(which):
-    html = page.render(PAGES[which])
+    html = page.report(PAGES[which])
     assert not re.search(r"https?:|@import|url\(|//[a-z]+\.", html)
     for tag, attributes in read(html).elements:
         assert tag not in ("link", "iframe", "object", "base")
@@ -145,7 +145,7 @@ def test_nothing_is_loaded(which):
 
 
 def test_tables_and_pictures_can_be_heard():
-    reader = read(page.render(run()))
+    reader = read(page.report(run()))
     assert all(a.get("scope") in ("row", "col") for tag, a in reader.elements if tag == "th")
     pictures = [a for tag, a in reader.elements if tag == "svg" and a.get("role") == "img"]
     assert pictures
@@ -156,9 +156,9 @@ def test_tables_and_pictures_can_be_heard():
 
 
 def test_the_same_run_gives_the_same_bytes():
-    assert page.render(run()) == page.render(run())
+    assert page.report(run()) == page.report(run())
     turned = run(scored=run().scored[::-1], overlays=run().overlays[::-1])
-    assert page.render(turned) == page.render(run())
+    assert page.report(turned) == page.report(run())
 
 
 def test_hostile_names_are_only_names():
@@ -175,7 +175,7 @@ def test_hostile_names_are_only_names():
         commands=(HOSTILE,),
         warnings=(HOSTILE,),
     )
-    reader = read(page.render(hostile))
+    reader = read(page.report(hostile))
     assert [tag for tag, _ in reader.elements].count("script") == 1
     assert reader.faults == []
     assert reader.text.count(HOSTILE) > 10
@@ -183,15 +183,15 @@ def test_hostile_names_are_only_names():
 
 
 def test_an_unfinished_run_says_so():
-    assert "not finished: no training has been logged" in page.render(PAGES["nothing"])
-    training = page.render(PAGES["training"])
+    assert "not finished: no training has been logged" in page.report(PAGES["nothing"])
+    training = page.report(PAGES["training"])
     assert "not finished: training has begun" in training
     assert '<td class="bad">30</td><td>100</td>' in training
 
 
 def test_a_missed_organ_is_named_and_counted():
     rows = (*(row(f"case_{n}", 1, 0.9) for n in range(3)), row("case_3", 1, 0.0, status="missed"))
-    html = page.render(run(scored=(page.Scored("3d", 0, rows),)))
+    html = page.report(run(scored=(page.Scored("3d", 0, rows),)))
     assert "1 of 4 structures was missed entirely, and case_3 is the worst case with 0.00" in html
     assert '<dd class="bad">1 of 4</dd>' in html
     assert '<td class="bad">missed</td>' in html
@@ -201,20 +201,20 @@ def test_a_missed_organ_is_named_and_counted():
 
 def test_summary_speaks_of_the_better_configuration():
     good, poor = (tuple(row(f"case_{n}", 1, d) for n in range(3)) for d in (0.9, 0.6))
-    html = page.render(run(scored=(page.Scored("2d", 0, poor), page.Scored("3d", 0, good))))
+    html = page.report(run(scored=(page.Scored("2d", 0, poor), page.Scored("3d", 0, good))))
     assert "Configuration 3d reaches a mean Dice of 0.90 (2d 0.60) on 3 cases" in html
     assert "no structure was missed, and case_0 is the worst case with 0.90" in html
 
 
 def test_the_mean_counts_every_organ_the_same():
     rows = (row("a", 1, 1.0), row("b", 1, 1.0), row("c", 1, 1.0), row("a", 2, 0.5))
-    assert '<p class="big">0.750 ' in page.render(run(scored=(page.Scored("3d", 0, rows),)))
+    assert '<p class="big">0.750 ' in page.report(run(scored=(page.Scored("3d", 0, rows),)))
 
 
 def test_a_case_scored_twice_is_refused():
     rows = (row("a", 1, 1.0),)
     with pytest.raises(InputError, match="comes twice"):
-        page.render(run(scored=(page.Scored("3d", 0, rows), page.Scored("3d", 1, rows))))
+        page.report(run(scored=(page.Scored("3d", 0, rows), page.Scored("3d", 1, rows))))
 
 
 def test_pick_cases_known_answer():
@@ -237,7 +237,7 @@ def test_pick_cases_of_few_and_of_equals():
 
 
 def test_aspect_of_an_anisotropic_scan_reaches_the_page():
-    html = page.render(run(overlays=(overlay(),)))
+    html = page.report(run(overlays=(overlay(),)))
     # The organ spans all but 5 voxels, so 30 mm around it is the whole scan: 40 x 40 x 100 mm.
     boxes = re.findall(r'<svg viewBox="0 0 ([\d.]+) ([\d.]+)" role', html)
     assert [tuple(map(float, b)) for b in boxes] == [(40, 40), (40, 100), (40, 100)]
@@ -246,14 +246,14 @@ def test_aspect_of_an_anisotropic_scan_reaches_the_page():
 def test_maps_on_another_grid_are_refused_by_name():
     moved = dataclasses.replace(overlay(), grid=Grid.from_spacing((40, 40, 20), (1, 1, 4)))
     with pytest.raises(InputError, match="case case_1: the reference does not lie"):
-        page.render(run(overlays=(moved,)))
+        page.report(run(overlays=(moved,)))
 
 
 def test_pictures_lose_resolution_before_the_page_gets_too_large(monkeypatch):
-    sharp = page.render(run())
+    sharp = page.report(run())
     monkeypatch.setattr(page, "_PICTURE_BYTES", 4000)
     monkeypatch.setattr(page, "_SIDES", (512, 8))
-    small = page.render(run())
+    small = page.report(run())
     assert len(small) < len(sharp)
     assert read(small).faults == []
 
@@ -265,7 +265,7 @@ def test_a_large_run_stays_below_ten_megabytes():
     )
     kinds: tuple[page.Kind, ...] = ("best", "median", "worst")
     shown = tuple(dataclasses.replace(overlay(k, size=500), configuration=c) for k in kinds for c in ("2d", "3d"))
-    html = page.render(run(scored=tuple(page.Scored(c, 0, rows) for c in ("2d", "3d")), overlays=shown))
+    html = page.report(run(scored=tuple(page.Scored(c, 0, rows) for c in ("2d", "3d")), overlays=shown))
     assert len(html.encode()) < 10_000_000
     assert f"(the worst of {2 * len(rows)})" in html
 

@@ -1,0 +1,25 @@
+# From Decathlon-format tasks to trained networks, predictions, scores and a report on each task.
+#
+#   snakemake --cores 8                                         the phantom tasks
+#   snakemake --cores 8 --config tasks=data/Task09_Spleen       a task of yours
+#
+# What runs is said in pipelines/config.yaml, where it runs in profiles/.
+
+
+include: "pipelines/common.smk"
+include: "pipelines/prepare.smk"
+include: "pipelines/train.smk"
+include: "pipelines/predict.smk"
+include: "pipelines/evaluate.smk"
+include: "pipelines/report.smk"
+
+
+rule all:
+    input:
+        reports(),
+    default_target: True
+    localrule: True
+
+
+onsuccess:
+    print_reports()

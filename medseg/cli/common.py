@@ -1,0 +1,159 @@
+"""What several verbs share: options, progress bars, where a run keeps its files."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from medseg.core.errors import InputError
+
+if TYPE_CHECKING:
+    from medseg.dataset.split import Fold
+    from medseg.dataset.task import Task
+    from medseg.plan.plan import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0))
+
+
+def threads_option(function: F) -> F:
+    """``--threads``."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), default=None, help="Cores to compute on.  [default: all]"
+    )(function)
+
+
+def device_option(function: F) -> F:
+    """``--device``."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where the network runs; auto takes the GPU where there is one.",
+    )(function)
+
+
+def seed_option(function: F) -> F:
+    """``--seed``."""
+    return click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")(
+        function
+    )
+
+
+def configuration_option(function: F) -> F:
+    """``--configuration``."""
+    return click.option(
+        "-c", "--configuration", default="3d", show_default=True, help="One of the plan's configurations."
+    )(function)
+
+
+def progress(what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """Wraps an iteration of known length in a bar, drawn on a terminal only."""
+
+    def bar(rows: Iterable[Any], total: int) -> Iterable[Any]:
+        from tqdm import tqdm
+
+        return tqdm(rows, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False, unit="case")
+
+    return bar
+
+
+class Duration(click.ParamType[float]):
+    """Seconds from ``90s``, ``15m``, ``2h``, ``1d`` or ``1h30m``."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds, above zero."""
+        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        text = str(value).strip().lower()
+        if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
+            self.fail(f"{value!r} is no duration; write 90s, 15m or 1h30m", param, ctx)
+        seconds = sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)([dhms])", text))
+        if seconds <= 0:
+            self.fail("a duration must be above zero", param, ctx)
+        return seconds
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run on one task keeps its files; `medseg plan` makes it."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file", "Name the folder that `medseg plan` wrote")
+
+    @property
+    def index(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def folds_file(self) -> Path:
+        return self.path / "folds.json"
+
+    def store(self, configuration: str) -> Path:
+        """Preprocessed cases of a configuration."""
+        return self.path / configuration / "preprocessed"
+
+    def fold(self, configuration: str, fold: int) -> Path:
+        """What a fold gives: model, log, predictions, metrics."""
+        return self.path / configuration / f"fold{fold}"
+
+    def checkpoints(self, configuration: str, fold: int) -> Path:
+        """Checkpoints, apart from everything that a workflow declares as output and may delete."""
+        return self.path / "checkpoints" / configuration / f"fold{fold}"
+
+    def task(self) -> Task:
+        """The task that the run was planned for. Raises InputError where it is not there any more."""
+        from medseg.dataset.task import load_task
+        from medseg.io.files import read_json
+
+        index = read_json(self.index, f"Run `medseg plan TASK -o {self.path}` first")
+        if not isinstance(index, dict) or index.get("format") != 1 or not isinstance(index.get("task"), str):
+            raise InputError(f"{self.index} has another format", "Plan anew")
+        return load_task(Path(index["task"]))
+
+    def plan(self) -> Plan:
+        """The run's plan, checked."""
+        from medseg.plan.plan import read_plan
+
+        return read_plan(self.plan_file)
+
+    def folds(self, task: Task) -> tuple[Fold, ...]:
+        """The run's folds, checked."""
+        from medseg.dataset.split import read_folds
+
+        return read_folds(self.folds_file, task)
+
+
+def table(rows: list[list[str]], right: Iterable[int] = ()) -> str:
+    """Aligned columns, the first row a heading; columns in ``right`` are flushed right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    flush = set(right)
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i in flush else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

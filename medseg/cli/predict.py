@@ -1,0 +1,187 @@
+"""``medseg predict``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medseg.cli.common import FOLDER, available_cores, device_option, progress, table, threads_option
+
+if TYPE_CHECKING:
+    from medseg.infer.predict import Prediction, Predictor
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scan and where its label map goes."""
+
+    name: str
+    scan: Path
+    output: Path
+
+
+@click.command()
+@click.argument("scans", type=FOLDER, nargs=-1, required=True)
+@click.option("-m", "--model", type=FOLDER, required=True, help="The model package, a folder.")
+@click.option("-o", "--output", type=FOLDER, help="File for one scan, or folder.  [default: beside each scan]")
+@click.option("--held-out", is_flag=True, help="SCANS is a task: predict the cases that the model was not trained on.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@device_option
+@threads_option
+def predict(
+    scans: tuple[Path, ...],
+    model: Path,
+    output: Path | None,
+    held_out: bool,
+    as_json: bool,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Segment SCANS: NIfTI files, or folders of them.
+
+    Writes scan_seg.nii.gz on the scan's own grid, and scan_seg.json that says how it was made.
+    A scan that fails does not stop the others.
+    """
+    from medseg.core.errors import MedsegError
+    from medseg.io.sidecar import write_index
+    from medseg.models.package import load_package
+
+    package = load_package(model)
+    jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
+
+    import torch
+
+    from medseg.infer.predict import Predictor
+
+    torch.set_num_threads(threads or available_cores())
+    predictor = Predictor(package, device)
+    results: list[dict[str, Any]] = []
+    failed: dict[str, MedsegError] = {}
+    for job in progress("predict")(jobs, len(jobs)):
+        try:
+            results.append(_one(job, predictor))
+        except MedsegError as error:
+            failed[job.name] = error
+            click.echo(f"medseg: {job.scan.name}: {error}", err=True)
+    if output and output.is_dir():
+        outputs = {job.name: job.output.name for job in jobs if job.name not in failed}
+        write_index(output, package.name, outputs, {name: str(error) for name, error in failed.items()})
+    if as_json:
+        click.echo(json.dumps({"format": 1, "predictions": results, "failed": {k: str(v) for k, v in failed.items()}}))
+    elif len(jobs) == 1 or not held_out:
+        for result in results:
+            _show(result)
+    else:
+        click.echo(f"{len(results)} cases predicted into {output}")
+    if failed:
+        if len(jobs) > 1:
+            click.echo(f"medseg: {len(failed)} of {len(jobs)} scans failed: {', '.join(failed)}", err=True)
+        raise SystemExit(max(error.exit_status for error in failed.values()))
+
+
+def _one(job: Job, predictor: Predictor) -> dict[str, Any]:
+    from medseg.core.errors import InputError, MedsegError
+    from medseg.io.files import write_json
+    from medseg.io.nifti import read_volume, write_labels
+    from medseg.io.sidecar import sidecar_of
+
+    side = sidecar_of(job.output)
+    if job.output.exists() and not side.exists():
+        raise InputError(
+            f"{job.output} is there already and was not made by medseg", "Move it, or name another with -o"
+        )
+    try:
+        made = predictor.predict(read_volume(job.scan))
+    except MemoryError:
+        raise MedsegError(f"{job.scan.name} needs more memory than there is") from None
+    record = _sidecar(job, made)
+    side.unlink(missing_ok=True)
+    write_labels(job.output, made.label_map)
+    write_json(side, record)
+    return record
+
+
+def _sidecar(job: Job, made: Prediction) -> dict[str, Any]:
+    import hashlib
+
+    from medseg.core.provenance import versions
+
+    grid = made.label_map.grid
+    return {
+        "format": 1,
+        "scan": job.scan.name,
+        "scan_sha256": hashlib.sha256(job.scan.read_bytes()).hexdigest(),
+        "labels": job.output.name,
+        "model": made.model,
+        "model_sha256": made.model_digest,
+        "organs": [asdict(organ) for organ in made.organs],
+        "warnings": list(made.warnings),
+        "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()},
+        "seconds": round(made.seconds, 3),
+        "versions": versions(),
+    }
+
+
+def _show(record: dict[str, Any]) -> None:
+    rows = [["structure", "volume (ml)", "confidence"]]
+    for organ in record["organs"]:
+        sure = "-" if organ["confidence"] is None else f"{organ['confidence']:.3f}"
+        rows.append([organ["name"], f"{organ['volume_ml']:.3f}", sure])
+    click.echo(f"{record['scan']} -> {record['labels']}")
+    click.echo(table(rows, right=(1, 2)))
+    for warning in record["warnings"]:
+        click.echo(f"warning: {warning}")
+
+
+def _jobs(scans: tuple[Path, ...], output: Path | None) -> list[Job]:
+    from medseg.core.errors import InputError
+    from medseg.io.nifti import is_nifti, stem
+    from medseg.io.sidecar import SUFFIX
+
+    files: list[Path] = []
+    for scan in scans:
+        if not scan.is_dir():
+            files.append(scan)
+            continue
+        if (scan / "dataset.json").exists():
+            raise InputError(f"{scan} is a task", "Name its imagesTs or imagesTr, or add --held-out")
+        found = sorted(p for p in scan.iterdir() if is_nifti(p) and not stem(p).endswith(SUFFIX))
+        if not found:
+            raise InputError(f"{scan} holds no NIfTI file", "Name a folder of .nii.gz files")
+        files += found
+    if output and is_nifti(output):
+        if len(files) > 1:
+            raise InputError(f"{output} is one file for {len(files)} scans", "Name a folder with -o")
+        return [Job(stem(files[0]), files[0], output)]
+    folder = _output_folder(output)
+    jobs = [Job(stem(f), f, (folder or f.parent) / f"{stem(f)}{SUFFIX}.nii.gz") for f in files]
+    outputs = [job.output for job in jobs]
+    if twice := next((o for o in outputs if outputs.count(o) > 1), None):
+        raise InputError(f"two scans would both be written to {twice}", "Predict them into different folders")
+    return jobs
+
+
+def _held_out(scans: tuple[Path, ...], output: Path | None, cases: tuple[str, ...]) -> list[Job]:
+    from medseg.core.errors import InputError
+    from medseg.dataset.task import load_task
+    from medseg.io.nifti import is_nifti
+    from medseg.io.sidecar import SUFFIX
+
+    folder = None if output and is_nifti(output) else _output_folder(output)
+    if len(scans) != 1 or folder is None:
+        raise InputError(
+            "--held-out goes with one task and an output folder", "Write: predict TASK --held-out -o FOLDER"
+        )
+    task = load_task(scans[0])
+    return [Job(case, task.case(case).image, folder / f"{case}{SUFFIX}.nii.gz") for case in cases]
+
+
+def _output_folder(output: Path | None) -> Path | None:
+    from medseg.io.files import new_folder
+    from medseg.io.sidecar import INDEX
+
+    return new_folder(output, holds=INDEX) if output else None

@@ -1,0 +1,107 @@
+"""``medseg train``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from medseg.cli.common import (
+    FOLDER,
+    Duration,
+    RunFolder,
+    available_cores,
+    configuration_option,
+    device_option,
+    seed_option,
+    threads_option,
+)
+
+# Cases predicted whole, now and then, while training.
+_VALIDATED = 8
+
+
+@click.command()
+@click.argument("run", type=FOLDER)
+@configuration_option
+@click.option("--fold", type=click.IntRange(min=0), default=0, show_default=True, help="Fold of folds.json.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Stop after so many epochs.  [default: the plan's]")
+@click.option("--budget", type=Duration(), help="Stop after so much time (90s, 15m, 2h), the schedule fitted to it.")
+@click.option("--checkpoints", type=FOLDER, help="Folder for checkpoints and logs.  [default: RUN/checkpoints]")
+@seed_option
+@device_option
+@threads_option
+def train(
+    run: Path,
+    configuration: str,
+    fold: int,
+    epochs: int | None,
+    budget: float | None,
+    checkpoints: Path | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Train one fold of RUN; the model goes to RUN/CONFIGURATION/foldN/model.
+
+    A run that was interrupted goes on from its last checkpoint when it is started again.
+    """
+    from tqdm import tqdm
+
+    from medseg.core.errors import InputError
+    from medseg.dataset.task import load_case
+    from medseg.io.files import new_folder, write_json
+    from medseg.io.runlog import RunLog
+    from medseg.io.store import CaseStore
+    from medseg.models.package import INDEX, save_package
+    from medseg.train.loop import Progress, Setup
+    from medseg.train.loop import train as train_network
+
+    if epochs and budget:
+        raise click.UsageError("give --epochs or --budget, not both")
+    folder = RunFolder(run)
+    task, plan = folder.task(), folder.plan()
+    folds = folder.folds(task)
+    if fold >= len(folds):
+        raise InputError(f"{folder.folds_file} has no fold {fold}", f"Its folds are 0 to {len(folds) - 1}")
+    chosen = folds[fold]
+    output = folder.fold(configuration, fold)
+    new_folder(output / "model", holds=INDEX)
+    setup = Setup(
+        configuration=configuration,
+        fold=fold,
+        train=chosen.train,
+        held_out=chosen.validation,
+        seed=seed,
+        device=device,
+        threads=threads or available_cores(),
+        epochs=epochs,
+        budget_seconds=budget,
+    )
+    watched = chosen.validation[:: max(1, -(-len(chosen.validation) // _VALIDATED))]
+    with tqdm(desc=f"train {configuration} fold {fold}", disable=not sys.stderr.isatty(), unit="step") as bar:
+
+        def show(now: Progress) -> None:
+            bar.total = now.steps
+            bar.update(now.step - bar.n)
+            bar.set_postfix(loss=f"{now.loss:.3f}", dice="-" if now.dice is None else f"{now.dice:.3f}", refresh=False)
+
+        package, records = train_network(
+            plan,
+            setup,
+            CaseStore(folder.store(configuration)),
+            RunLog(checkpoints or folder.checkpoints(configuration, fold)),
+            validation=[(case, *load_case(task, task.case(case))) for case in watched],
+            progress=show,
+        )
+    length = f"--epochs {epochs}" if epochs else f"--budget {budget:g}s" if budget else ""
+    write_json(
+        output / "log.json", {"format": 1, "options": f"{length} --seed {seed}".strip(), "records": list(records)}
+    )
+    save_package(output / "model", package)
+    done = package.provenance
+    click.echo(
+        f"{package.name}: {done['steps']} of {done['steps_planned']} steps in {done['seconds']:.0f} s, "
+        f"Dice {records[-1].get('dice', float('nan')):.3f} on {len(watched)} held-out cases; {output / 'model'}"
+    )

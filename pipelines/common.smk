@@ -1,0 +1,115 @@
+# What the rules share: the configuration, checked; which tasks there are; how many cores a job takes.
+
+import os
+import sys
+from pathlib import Path
+
+import jsonschema
+import yaml
+from snakemake.exceptions import WorkflowError
+
+
+configfile: workflow.source_path("config.yaml")
+
+
+def checked(config):
+    """The configuration, if the schema allows it; otherwise one line that says what is wrong."""
+    import json
+
+    schema = json.loads(Path(workflow.source_path("schemas/config.schema.json")).read_text())
+    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(config))
+    if problem is not None:
+        where = ".".join(str(part) for part in problem.absolute_path) or "the top level"
+        raise WorkflowError(f"medseg: the configuration is wrong at {where}: {problem.message}. See pipelines/config.yaml.")
+    return config
+
+
+def listed(value):
+    """A list, also where one value was given on the command line."""
+    return value if isinstance(value, list) else [value]
+
+
+checked(config)
+RESULTS = config["results"]
+CONFIGURATIONS = listed(config["configurations"])
+FOLDS = listed(config["folds"])
+if max(FOLDS) >= config["of_folds"]:
+    raise WorkflowError(f"medseg: fold {max(FOLDS)} of {config['of_folds']}: folds are counted from 0.")
+
+# Folder names of the phantom tasks, as `medseg phantom` writes them.
+PHANTOMS = {f"Phantom_{name.capitalize()}": name for name in config["phantoms"]["tasks"]}
+
+
+def find_tasks():
+    """Task name to folder: those configured, or else the phantoms, which the workflow makes."""
+    folders = [Path(task) for task in listed(config["tasks"])]
+    if not folders:
+        return {name: Path(RESULTS) / "phantoms" / name for name in PHANTOMS}
+    for folder in folders:
+        if not (folder / "dataset.json").is_file():
+            raise WorkflowError(f"medseg: {folder} is no Decathlon task: it has no dataset.json. See data/README.md.")
+    named = {folder.resolve().name: folder for folder in folders}
+    if len(named) < len(folders):
+        raise WorkflowError("medseg: two tasks have the same folder name. Rename one, since results go by that name.")
+    return named
+
+
+TASKS = find_tasks()
+if unknown := set(config["splits"]) - set(TASKS):
+    raise WorkflowError(f"medseg: splits are given for {sorted(unknown)[0]}, which is none of the tasks.")
+
+# The medseg of the Python that runs Snakemake, whatever PATH says.
+MEDSEG = f"{sys.executable} -m medseg"
+HAS_GPU = config["device"] == "cuda" or (config["device"] == "auto" and Path("/dev/nvidia0").exists())
+
+
+wildcard_constraints:
+    task="|".join(TASKS),
+    configuration="|".join(CONFIGURATIONS),
+    fold=r"\d+",
+
+
+def cores(wanted):
+    """Cores that a job computes on: no more than this machine has or Snakemake was given."""
+    here = len(os.sched_getaffinity(0))
+    return max(1, min(wanted, here, workflow.cores or wanted))
+
+
+def threads_for(wanted):
+    """The share of --cores that a job takes. Where --cores promises more than the machine has, each
+    real core stands for several, so that no more jobs run than it can bear."""
+    if not workflow.cores:
+        return wanted
+    here = min(len(os.sched_getaffinity(0)), workflow.cores)
+    return max(1, min(workflow.cores, round(cores(wanted) * workflow.cores / here)))
+
+
+def task_folder(wildcards):
+    return TASKS[wildcards.task]
+
+
+def task_file(wildcards):
+    return TASKS[wildcards.task] / "dataset.json"
+
+
+def budget(wildcards):
+    of_phantoms = config["phantoms"]["budget"][wildcards.configuration]
+    return of_phantoms if wildcards.task in PHANTOMS and not listed(config["tasks"]) else config["budget"]
+
+
+def minutes(wildcards):
+    """What a training may take, start and validation included."""
+    units = {"d": 1440, "h": 60, "m": 1, "s": 1 / 60}
+    import re
+
+    parts = re.findall(r"([0-9.]+)([dhms])", budget(wildcards))
+    return int(1.2 * sum(float(n) * units[u] for n, u in parts)) + 10
+
+
+def reports():
+    return [f"{RESULTS}/{task}/report.html" for task in TASKS]
+
+
+def print_reports():
+    for path in reports():
+        print(f"report: {path}", file=sys.stderr)

@@ -1,0 +1,23 @@
+# Each fold's held-out cases, predicted by the network that never saw them.
+
+
+rule predict:
+    input:
+        RESULTS + "/{task}/{configuration}/fold{fold}/model/package.json",
+    output:
+        RESULTS + "/{task}/{configuration}/fold{fold}/predictions/predictions.json",
+    log:
+        RESULTS + "/logs/{task}/predict-{configuration}-fold{fold}.log",
+    params:
+        task=task_folder,
+        fold=RESULTS + "/{task}/{configuration}/fold{fold}",
+        device=config["device"],
+        threads=cores(config["threads"]),
+    threads: threads_for(config["threads"])
+    resources:
+        gpu=1 if HAS_GPU else 0,
+        mem_mb=8000,
+        runtime=120,
+    shell:
+        "{MEDSEG} predict {params.task:q} --held-out -m {params.fold:q}/model -o {params.fold:q}/predictions "
+        "--device {params.device} --threads {params.threads} > {log} 2>&1"

@@ -1,0 +1,27 @@
+# One network for each task, configuration and fold.
+
+
+rule train:
+    input:
+        RESULTS + "/{task}/{configuration}/preprocessed/store.json",
+        RESULTS + "/{task}/folds.json",
+    output:
+        # Checkpoints are none of these: Snakemake removes a rule's outputs before it runs it again.
+        RESULTS + "/{task}/{configuration}/fold{fold}/model/package.json",
+        RESULTS + "/{task}/{configuration}/fold{fold}/log.json",
+    log:
+        RESULTS + "/logs/{task}/train-{configuration}-fold{fold}.log",
+    params:
+        run=RESULTS + "/{task}",
+        budget=budget,
+        seed=config["seed"],
+        device=config["device"],
+        threads=cores(config["threads"]),
+    threads: threads_for(config["threads"])
+    resources:
+        gpu=1 if HAS_GPU else 0,
+        mem_mb=8000,
+        runtime=minutes,
+    shell:
+        "{MEDSEG} train {params.run:q} -c {wildcards.configuration} --fold {wildcards.fold} --budget {params.budget} "
+        "--seed {params.seed} --device {params.device} --threads {params.threads} > {log} 2>&1"
