@@ -96,3 +96,67 @@ def _save(path: Path, values: Any, affine: Any) -> None:
 def tiny_task_fixture() -> Callable[..., Path]:
     """`tiny_task` for tests in folders that cannot import this file."""
     return tiny_task
+
+
+def small_plan(
+    *,
+    dimensions: int = 3,
+    slice_axis: int | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 2.0),
+    patch: Sequence[int] = (16, 16, 16),
+    features: Sequence[int] = (4, 8, 8),
+    channels: Sequence[str] = ("CT",),
+    labels: dict[int, str] | None = None,
+    batch: int = 2,
+    steps_per_epoch: int = 5,
+    **training: Any,
+) -> Any:
+    """A `Plan` for `tiny_task` written by hand, with one configuration called "3d" or "2d" and a
+    network that computes in milliseconds. ``training`` takes the place of its own settings."""
+    from medseg.plan.plan import parse_plan
+
+    stages = len(features)
+    along = [0 if axis == slice_axis else 1 for axis in range(3)]
+    kernel, stride = [1 + 2 * a for a in along], [1 + a for a in along]
+    rules = [
+        {"channel": c, "kind": "ct", "low": -100, "high": 300, "mean": 50, "std": 50} if c == "CT" else
+        {"channel": c, "kind": "zscore"}
+        for c in channels
+    ]  # fmt: skip
+    settings = {"learning_rate": 5e-3, "weight_decay": 1e-2, "foreground_share": 0.5, "epochs": 1, **training}
+    augmentation = settings.pop("augmentation", {})
+    plan = {
+        "task": "Task00_blobs",
+        "channels": list(channels),
+        "labels": [{"name": n, "number": i} for i, n in (labels or {1: "left blob", 2: "right blob"}).items()],
+        "normalisation": {"value": rules},
+        "configurations": {
+            f"{dimensions}d": {
+                "dimensions": dimensions,
+                "slice_axis": slice_axis,
+                "spacing": {"value": list(spacing)},
+                "patch": {"value": list(patch)},
+                "batch": {"value": batch},
+                "network": {
+                    "value": {
+                        "features": list(features),
+                        "kernels": [kernel] * stages,
+                        "strides": [[1, 1, 1]] + [stride] * (stages - 1),
+                    }
+                },
+            }
+        },
+        "training": {
+            **{name: {"value": value} for name, value in settings.items()},
+            "augmentation": {"value": augmentation},
+            "steps_per_epoch": steps_per_epoch,
+        },
+        "fingerprint": "",
+    }
+    return parse_plan(plan, "the small plan")
+
+
+@pytest.fixture(scope="session", name="small_plan")
+def small_plan_fixture() -> Callable[..., Any]:
+    """`small_plan`, likewise."""
+    return small_plan

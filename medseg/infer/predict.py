@@ -48,7 +48,10 @@ class Prediction:
 
 
 class Predictor:
-    """A model loaded once, for many scans. ``device`` is "cpu", "cuda" or "auto"."""
+    """A model loaded once, for many scans. ``device`` is "cpu", "cuda" or "auto".
+
+    Raises InputError where the package's weights are not of the network that its plan describes.
+    """
 
     def __init__(self, package: ModelPackage, device: str = "auto") -> None:
         self.package = package
@@ -58,7 +61,12 @@ class Predictor:
         self.networks: list[nn.Module] = []
         for weights in package.members:
             network = build(package.configuration, len(package.plan.channels), classes)
-            network.load_state_dict(weights)
+            try:
+                network.load_state_dict(weights)
+            except RuntimeError:
+                raise InputError(
+                    f"the weights of {package.name} do not fit its plan", "Get the package again, or train it anew"
+                ) from None
             self.networks.append(network.to(self.device).eval())
 
     def predict(self, volume: Volume) -> Prediction:

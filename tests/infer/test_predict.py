@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+from torch import nn
+
+from medseg.core.errors import InputError
+from medseg.core.grid import Grid
+from medseg.core.labels import Label, LabelSet
+from medseg.core.volume import LabelMap, Volume
+from medseg.infer.predict import Predictor, describe, pick_device, predict, segment
+from medseg.models.build import build
+from medseg.models.package import ModelPackage
+
+CPU = torch.device("cpu")
+OBLIQUE = Rotation.from_euler("xyz", (12, -20, 33), degrees=True).as_matrix()
+# One structure near 100, the other near 200; numbers with gaps, and beyond a byte.
+LABELS = {3: "spleen", 300: "liver"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class ByIntensity(nn.Module):
+    """Class by brightness alone: background near 0, the first structure near 100, the second near
+    200, in units of the plan's normalisation (less 50, divided by 50)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = x[:, :1] * 50 + 50
+        return torch.cat([-((value - level) ** 2) / 100 for level in (0.0, 100.0, 200.0)], dim=1)
+
+
+def two_balls(grid: Grid, noise: float = 0.0) -> tuple[Volume, np.ndarray]:
+    """A ball of 100 and one of 200 about the middle of the grid, and which voxel is in which."""
+    at = grid.to_world(np.stack(np.indices(grid.shape), axis=-1))
+    middle = grid.to_world((np.array(grid.shape) - 1) / 2)
+    truth = np.zeros(grid.shape, dtype=int)
+    for number, offset in ((1, (-9, 0, 0)), (2, (9, 2, 0))):
+        truth[np.linalg.norm(at - middle - offset, axis=-1) < 7] = number
+    values = truth * 100.0 + np.random.default_rng(0).normal(0, noise, grid.shape) if noise else truth * 100.0
+    # Nowhere exactly zero, so that nothing is cropped.
+    return Volume((values + 1)[None].astype(np.float32), grid), truth
+
+
+def grid_about(spacing: tuple[float, float, float], direction: np.ndarray) -> Grid:
+    shape = [max(1, round(44 / s)) for s in spacing]
+    return Grid.from_spacing((shape[0], shape[1], shape[2]), spacing, (-40.0, 31.0, 7.0), direction)
+
+
+# ---- segment ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("configuration", ["3d", "2d"])
+def test_at_the_plans_own_spacing_every_voxel_is_right(small_plan: Any, configuration: str) -> None:
+    flat = configuration == "2d"
+    plan = small_plan(
+        labels=LABELS,
+        dimensions=2 if flat else 3,
+        slice_axis=2 if flat else None,
+        patch=(16, 16, 1) if flat else (16, 16, 16),
+        spacing=(1.5, 1.5, 2.0),
+    )
+    volume, truth = two_balls(grid_about((1.5, 1.5, 2.0), np.diag([-1.0, -1.0, 1.0])))
+    labels, probability = segment([ByIntensity()], volume, plan, configuration, CPU)
+    assert labels.values.dtype == np.uint16
+    assert np.array_equal(labels.values, np.array([0, 3, 300])[truth])
+    assert labels.grid == volume.grid
+    assert probability.min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("spacing", "direction"),
+    [
+        ((1.0, 1.0, 1.0), np.eye(3)),
+        ((0.9, 0.9, 4.0), np.diag([-1.0, -1.0, 1.0])),
+        ((2.0, 0.8, 1.1), np.eye(3)[:, (2, 0, 1)]),
+        ((0.8, 0.8, 2.5), OBLIQUE @ np.diag([-1.0, 1.0, -1.0])),
+    ],
+    ids=["axial", "thick slices", "permuted", "oblique"],
+)
+def test_the_answer_lies_on_the_scans_own_grid(
+    small_plan: Any, spacing: tuple[float, float, float], direction: np.ndarray
+) -> None:
+    plan = small_plan(labels=LABELS, spacing=(1.3, 1.3, 1.6))
+    volume, truth = two_balls(grid_about(spacing, direction), noise=3)
+    labels, probability = segment([ByIntensity()], volume, plan, "3d", CPU)
+    assert labels.grid is volume.grid
+    assert probability.shape == volume.grid.shape
+    for number, was in ((3, 1), (300, 2)):
+        found, true = labels.values == number, truth == was
+        # Interpolation passes through the lower structure's brightness on its way up to the higher one's.
+        assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.8
+        if number == 300:
+            apart = np.argwhere(found).mean(axis=0) - np.argwhere(true).mean(axis=0)
+            assert np.abs(apart).max() < 0.5
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 4, 3), (24, 20, 1), (1, 24, 20), (2, 40, 3)], ids=str)
+def test_small_and_thin_scans(small_plan: Any, shape: tuple[int, int, int]) -> None:
+    plan = small_plan(labels=LABELS, spacing=(1, 1, 1))
+    values = np.full((1, *shape), 1.0, dtype=np.float32)
+    values[0, shape[0] // 2 :] = 201
+    volume = Volume(values, Grid.from_spacing(shape, 1.0))
+    labels, _ = segment([ByIntensity()], volume, plan, "3d", CPU)
+    assert np.array_equal(labels.values, np.where(values[0] > 100, 300, 0))
+
+
+@pytest.mark.parametrize(("level", "number"), [(0, 0), (100, 3), (200, 300)])
+def test_a_constant_scan(small_plan: Any, level: int, number: int) -> None:
+    plan = small_plan(labels=LABELS)
+    volume = Volume(np.full((1, 9, 8, 7), level, dtype=np.int16), Grid.from_spacing((9, 8, 7), (1, 1, 2)))
+    labels, _ = segment([ByIntensity()], volume, plan, "3d", CPU)
+    assert (labels.values == number).all()
+
+
+def test_a_byte_is_enough_for_small_numbers(small_plan: Any) -> None:
+    plan = small_plan(labels={3: "a", 255: "b"})
+    volume, truth = two_balls(grid_about((1, 1, 2), np.eye(3)))
+    labels, _ = segment([ByIntensity()], volume, plan, "3d", CPU)
+    assert labels.values.dtype == np.uint8
+    assert np.array_equal(labels.values, np.array([0, 3, 255])[truth])
+
+
+def test_what_was_cut_away_as_empty_is_background(small_plan: Any) -> None:
+    plan = small_plan(labels=LABELS, spacing=(1, 1, 1))
+    values = np.zeros((1, 20, 18, 16), dtype=np.float32)
+    values[0, 4:12, 5:9, 6:14] = 201
+    volume = Volume(values, Grid.from_spacing((20, 18, 16), 1.0, direction=np.diag([-1.0, 1, -1])))
+
+    class Always(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0])], 1)
+
+    labels, probability = segment([Always()], volume, plan, "3d", CPU)
+    assert np.array_equal(labels.values == 300, values[0] > 0)
+    assert (probability[values[0] == 0] == 1).all()
+
+
+# ---- describe -----------------------------------------------------------------------------------
+
+
+def test_organs_by_hand() -> None:
+    grid = Grid.from_spacing((5, 6, 7), (2.0, 3.0, 0.5))
+    values = np.zeros(grid.shape, dtype=np.uint16)
+    values[1:3, 2:4, 3:5] = 4  # 8 voxels of 3 mm3
+    values[4, 5, 6] = 900  # the corner
+    probability = np.full(grid.shape, 0.5, dtype=np.float32)
+    probability[1, 2:4, 3:5] = 0.75
+    labels = LabelSet((Label("a", 4), Label("b", 900), Label("none", 7)))
+    first, none, corner = describe(LabelMap(values, grid, labels), probability)
+    assert (first.name, first.number, first.voxels, first.cut) == ("a", 4, 8, False)
+    assert first.volume_ml == pytest.approx(0.024)
+    assert first.confidence == pytest.approx(0.625)
+    assert (corner.name, corner.voxels, corner.cut) == ("b", 1, True)
+    assert corner.volume_ml == pytest.approx(0.003)
+    assert (none.name, none.voxels, none.volume_ml, none.confidence, none.cut) == ("none", 0, 0.0, None, False)
+
+
+@pytest.mark.parametrize("place", [(0, 2, 2), (4, 2, 2), (2, 0, 2), (2, 4, 2), (2, 2, 0), (2, 2, 4)])
+def test_every_face_of_the_scan_cuts(place: tuple[int, int, int]) -> None:
+    values = np.zeros((5, 5, 5), dtype=np.uint8)
+    values[place] = 1
+    grid = Grid.from_spacing((5, 5, 5), 1.0)
+    (organ,) = describe(LabelMap(values, grid, LabelSet.from_names("a")), np.ones((5, 5, 5), dtype=np.float32))
+    assert organ.cut
+    inner = np.zeros((5, 5, 5), dtype=np.uint8)
+    inner[2, 2, 2] = 1
+    (organ,) = describe(LabelMap(inner, grid, LabelSet.from_names("a")), np.ones((5, 5, 5), dtype=np.float32))
+    assert not organ.cut
+
+
+# ---- a model ------------------------------------------------------------------------------------
+
+
+def untrained(plan: Any, configuration: str = "3d", members: int = 1, seed: int = 0) -> ModelPackage:
+    torch.manual_seed(seed)
+    chosen = plan.configuration(configuration)
+    networks = [build(chosen, len(plan.channels), len(plan.labels) + 1) for _ in range(members)]
+    weights = tuple({k: v.detach() for k, v in n.state_dict().items()} for n in networks)
+    return ModelPackage(plan, configuration, weights, ("a",), ("b",), {})
+
+
+def test_the_same_scan_gives_the_same_answer(small_plan: Any) -> None:
+    volume, _ = two_balls(grid_about((1, 1, 2), np.eye(3)), noise=30)
+    package = untrained(small_plan(labels=LABELS), members=2)
+    predictor = Predictor(package, "cpu")
+    first, second = predictor.predict(volume), predictor.predict(volume)
+    third = predict(volume, package, device="cpu")
+    for other in (second, third):
+        assert np.array_equal(first.label_map.values, other.label_map.values)
+        assert first.organs == other.organs
+        assert first.warnings == other.warnings
+    assert len(np.unique(first.label_map.values)) > 1
+    assert first.model == "Task00_blobs 3d"
+    assert first.model_digest == package.digest()
+    assert first.seconds > 0
+    assert first.warnings == tuple(f"{o.name} is cut by the border of the scan" for o in first.organs if o.cut)
+    for organ in first.organs:
+        assert organ.voxels == np.count_nonzero(first.label_map.values == organ.number)
+
+
+def test_several_members_are_their_average(small_plan: Any) -> None:
+    volume, _ = two_balls(grid_about((1, 1, 2), np.eye(3)), noise=30)
+    plan = small_plan(labels=LABELS)
+    one, two = untrained(plan, seed=1), untrained(plan, seed=2)
+    both = ModelPackage(plan, "3d", one.members + two.members, ("a",), ("b",), {})
+    networks = [Predictor(one, "cpu").networks[0], Predictor(two, "cpu").networks[0]]
+    labels, _ = segment(networks, volume, plan, "3d", CPU)
+    assert np.array_equal(Predictor(both, "cpu").predict(volume).label_map.values, labels.values)
+    twice = ModelPackage(plan, "3d", one.members * 2, ("a",), ("b",), {})
+    alone = Predictor(one, "cpu").predict(volume).label_map.values
+    assert np.array_equal(Predictor(twice, "cpu").predict(volume).label_map.values, alone)
+
+
+def test_other_channels_are_refused(small_plan: Any) -> None:
+    predictor = Predictor(untrained(small_plan(channels=("CT", "PET"))), "cpu")
+    grid = Grid.from_spacing((8, 8, 8), 1.0)
+    with pytest.raises(InputError, match=r"has 1 channels, the model takes 2 \(CT, PET\)"):
+        predictor.predict(Volume(np.ones((1, 8, 8, 8), dtype=np.float32), grid))
+    two = predictor.predict(Volume(np.ones((2, 8, 8, 8), dtype=np.float32), grid))
+    assert two.label_map.grid == grid
+
+
+def test_weights_of_another_network_are_refused(small_plan: Any) -> None:
+    package = untrained(small_plan(features=(4, 8, 8)))
+    other = ModelPackage(small_plan(features=(4, 8, 16)), "3d", package.members, ("a",), ("b",), {})
+    with pytest.raises(InputError, match=r"do not fit its plan"):
+        Predictor(other, "cpu")
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="no device is called 'tpu'"):
+        pick_device("tpu")
+
+
+def test_a_gpu_that_is_not_there_is_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="torch sees no GPU"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"
