@@ -29,10 +29,12 @@ def listed(value):
     return value if isinstance(value, list) else [value]
 
 
+# On the command line Snakemake takes the numbers in [0,1] for words.
+config["folds"] = [int(fold) if str(fold).isdigit() else fold for fold in listed(config["folds"])]
 checked(config)
 RESULTS = config["results"]
 CONFIGURATIONS = listed(config["configurations"])
-FOLDS = listed(config["folds"])
+FOLDS = config["folds"]
 if max(FOLDS) >= config["of_folds"]:
     raise WorkflowError(f"medseg: fold {max(FOLDS)} of {config['of_folds']}: folds are counted from 0.")
 

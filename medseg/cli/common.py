@@ -29,6 +29,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def use_cores(threads: int | None) -> int:
+    """Compute on so many cores (all that there are, unless given), and tell how many.
+
+    To be called before torch is imported: its OpenMP reads the policy once. By default waiting
+    threads spin, and two programs that share the cores then hold each other up: a training step
+    beside another took 4.6 s so, 0.55 s with threads that sleep, and 0.25 s alone either way.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    cores = threads or available_cores()
+    torch.set_num_threads(cores)
+    return cores
+
+
 def threads_option(function: F) -> F:
     """``--threads``."""
     return click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medseg.cli.common import FOLDER, available_cores, device_option, progress, table, threads_option
+from medseg.cli.common import FOLDER, device_option, progress, table, threads_option, use_cores
 
 if TYPE_CHECKING:
     from medseg.infer.predict import Prediction, Predictor
@@ -50,14 +50,12 @@ def predict(
     from medseg.io.sidecar import write_index
     from medseg.models.package import load_package
 
+    use_cores(threads)
     package = load_package(model)
     jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
 
-    import torch
-
     from medseg.infer.predict import Predictor
 
-    torch.set_num_threads(threads or available_cores())
     predictor = Predictor(package, device)
     results: list[dict[str, Any]] = []
     failed: dict[str, MedsegError] = {}

@@ -11,11 +11,11 @@ from medseg.cli.common import (
     FOLDER,
     Duration,
     RunFolder,
-    available_cores,
     configuration_option,
     device_option,
     seed_option,
     threads_option,
+    use_cores,
 )
 
 # Cases predicted whole, now and then, while training.
@@ -47,6 +47,9 @@ def train(
 
     A run that was interrupted goes on from its last checkpoint when it is started again.
     """
+    if epochs and budget:
+        raise click.UsageError("give --epochs or --budget, not both")
+    cores = use_cores(threads)
     from tqdm import tqdm
 
     from medseg.core.errors import InputError
@@ -58,8 +61,6 @@ def train(
     from medseg.train.loop import Progress, Setup
     from medseg.train.loop import train as train_network
 
-    if epochs and budget:
-        raise click.UsageError("give --epochs or --budget, not both")
     folder = RunFolder(run)
     task, plan = folder.task(), folder.plan()
     folds = folder.folds(task)
@@ -75,7 +76,7 @@ def train(
         held_out=chosen.validation,
         seed=seed,
         device=device,
-        threads=threads or available_cores(),
+        threads=cores,
         epochs=epochs,
         budget_seconds=budget,
     )

@@ -1,0 +1,150 @@
+"""The workflow through Snakemake itself, on tasks small enough to train in seconds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def snakemake(*arguments, folder, cores=2, expect=0):
+    """Run Snakemake on the project's Snakefile from another folder; its output as one text."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", str(cores), *arguments]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=560)
+    assert done.returncode == expect, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory, tiny_task):
+    """A folder with a tiny task and a configuration that trains it for seconds."""
+    folder = tmp_path_factory.mktemp("workflow")
+    tiny_task(folder / "Task98_Tiny", cases=6)
+    config = {
+        "tasks": ["Task98_Tiny"],
+        "configurations": ["3d", "2d"],
+        "of_folds": 3,
+        "folds": [0],
+        "budget": "4s",
+        "threads": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tasks_go_in_and_reports_come_out_and_a_second_call_has_nothing_to_do(configured):
+    use = ("--configfile", "config.json")
+    snakemake(*use, folder=configured)
+    results = configured / "results" / "Task98_Tiny"
+    page = (results / "report.html").read_text()
+    assert "Task98_Tiny" in page
+    for name in ("3d", "2d"):
+        fold = results / name / "fold0"
+        metrics = json.loads((fold / "metrics.json").read_text())
+        held_out = json.loads((results / "folds.json").read_text())["folds"][0]["validation"]
+        assert sorted({row["case"] for row in metrics["rows"]}) == sorted(held_out)
+        assert (fold / "metrics.csv").exists()
+        assert (fold / "model" / "package.json").exists()
+        # Checkpoints stand where no rule declares an output.
+        assert list((results / "checkpoints" / name / "fold0").glob("*/checkpoint.safetensors"))
+    assert "Nothing to be done" in snakemake(*use, folder=configured)
+
+
+def test_an_edited_plan_is_trained_anew_and_the_rest_is_kept(configured):
+    use = ("--configfile", "config.json")
+    snakemake(*use, folder=configured)
+    plan = configured / "results" / "Task98_Tiny" / "plan.json"
+    time.sleep(1.1)
+    plan.write_text(plan.read_text().replace('"value": 0.002', '"value": 0.003'))
+    said = snakemake(*use, "--dry-run", folder=configured)
+    counts = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) == 2}
+    assert counts.get("train") == "2"
+    assert "phantom" not in counts
+    assert "check" not in counts
+    assert "plan" not in counts
+
+
+def test_the_phantoms_run_where_nothing_is_configured(tmp_path):
+    said = snakemake("--dry-run", folder=tmp_path)
+    for name in ("Phantom_Abdomen", "Phantom_Brain", "Phantom_Prostate"):
+        assert f"results/{name}/report.html" in said
+
+
+def test_one_task_can_be_named_on_the_command_line(configured):
+    said = snakemake("--dry-run", "--config", "tasks=Task98_Tiny", "results=elsewhere", folder=configured)
+    assert "elsewhere/Task98_Tiny/report.html" in said
+    assert "Phantom" not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"configuratoins": ["3d"]}, "configuratoins"),
+        ({"budget": "soon"}, "budget"),
+        ({"configurations": ["4d"]}, "4d"),
+        ({"folds": [5]}, "fold 5"),
+        ({"device": "tpu"}, "device"),
+        ({"tasks": ["nowhere"]}, "nowhere"),
+        ({"splits": {"Task01": "splits.json"}}, "Task01"),
+        ({"phantoms": {"tasks": ["heart"]}}, "heart"),
+    ],
+)
+def test_a_wrong_configuration_stops_before_anything_runs(tmp_path, settings, named):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    said = snakemake("--configfile", "config.json", folder=tmp_path, expect=1)
+    wrong = [line for line in said.splitlines() if "medseg:" in line]
+    assert len(wrong) == 1, said
+    assert named in wrong[0]
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_job_that_fails_shows_why(tmp_path, tiny_task):
+    task = tiny_task(tmp_path / "Task97_Broken", cases=5)
+    image = sorted((task / "imagesTr").iterdir())[0]
+    image.write_bytes(image.read_bytes()[:100])
+    said = snakemake("--config", "tasks=Task97_Broken", folder=tmp_path, expect=1)
+    assert "truncated" in said
+    assert image.name.split(".")[0] in said
+    assert not (tmp_path / "results" / "Task97_Broken" / "plan.json").exists()
+
+
+def test_more_cores_than_there_are_run_no_more_trainings_at_once(tmp_path):
+    here = len(os.sched_getaffinity(0))
+    said = snakemake("--dry-run", "--config", f"threads={here}", folder=tmp_path, cores=4 * here)
+    train = said[said.index("rule train:") :]
+    assert f"threads: {4 * here}" in train[: train.index("resources:")]
+
+
+def test_two_trainings_never_share_a_gpu_by_accident(tmp_path):
+    """The profile beside the Snakefile holds by itself: jobs that take gpu=1 run one at a time."""
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    (tmp_path / "Snakefile").write_text(
+        "rule all:\n    input: expand('{i}.txt', i=range(3))\n"
+        "rule one:\n    output: '{i}.txt'\n    resources: gpu=1\n"
+        "    shell: 'date +%s.%N > {output}; sleep 1; date +%s.%N >> {output}'\n"
+    )
+    command = [sys.executable, "-m", "snakemake", "--cores", "3"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    spans = sorted(tuple(map(float, (tmp_path / f"{i}.txt").read_text().split())) for i in range(3))
+    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize("rule", ["train", "predict"])
+def test_jobs_on_a_gpu_say_so(tmp_path, rule):
+    said = snakemake("--dry-run", "--config", "device=cuda", folder=tmp_path)
+    job = said[said.index(f"rule {rule}:") :]
+    assert "gpu=1" in job[: job.index("\n\n") if "\n\n" in job else 2000][:2000]
+
+
+@pytest.mark.parametrize("configurations", ["3d", "[3d,2d]"])
+@pytest.mark.parametrize("folds", ["0", "[0,1,2,3,4]"])
+def test_every_combination_can_be_planned(tmp_path, configurations, folds):
+    said = snakemake("--dry-run", "--config", f"configurations={configurations}", f"folds={folds}", folder=tmp_path)
+    wanted = 3 * (1 if configurations == "3d" else 2) * (1 if folds == "0" else 5)
+    assert f"train {wanted}" in " ".join(said.split())
