@@ -117,7 +117,7 @@ def check(folder: Path, *, progress: Progress | None = None) -> CheckReport:
             raise InputError(problems[0].fault, problems[0].remedy)
         raise InputError(f"{folder} holds no case", "A task needs dataset.json, imagesTr and labelsTr")
     if task is not None:
-        problems += _unlisted(task)
+        problems += _unlisted(task) + _unknown_subjects(task)
     rows = list(_each(cases, lambda case: _check_case(task, case), progress))
     rows = _duplicates(_strangers(rows))
     if task is not None:
@@ -197,6 +197,18 @@ def _unlisted(task: Task) -> list[Problem]:
     names = ", ".join(f"{p.parent.name}/{p.name}" for p in found[:3]) + (", ..." if len(found) > 3 else "")
     fault = f"{len(found)} files are not listed in dataset.json ({names})"
     return [Problem("warning", fault, "List them or move them elsewhere; they are not used")]
+
+
+def _unknown_subjects(task: Task) -> list[Problem]:
+    known = {case.id for case in (*task.cases, *task.test)}
+    strange = sorted(set(task.subjects) - known)
+    if not strange:
+        return []
+    names = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+    fault = f"subjects.json names {len(strange)} cases that dataset.json does not ({names})"
+    return [
+        Problem("warning", fault, "Correct their ids; a case whose subject is unknown counts as a person of its own")
+    ]
 
 
 def _absent_labels(task: Task, rows: list[CaseCheck]) -> list[Problem]:

@@ -31,8 +31,10 @@ def make_folds(
 
     All cases of a subject fall on one side. ``duplicates`` names, for a case whose image equals
     another's, that other case: the two count as one subject. With fewer subjects than folds there
-    are as many folds as subjects. Raises InputError where there are fewer than two.
+    are as many folds as subjects. Raises InputError where there are fewer than two of either.
     """
+    if count < 2:
+        raise InputError(f"{count} folds were asked for", "Cross-validation needs two or more")
     subject_of = {case.id: case.subject for case in task.cases}
     for case, twin in (duplicates or {}).items():
         old, new = subject_of[case], subject_of[twin]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from medseg.core.volume import LabelMap, Volume
 from medseg.io.files import read_json
 from medseg.io.nifti import read_labels, read_volume, stem
 
+# Label maps are written as 16-bit integers at most.
+_LARGEST_LABEL = 65_535
 _LAYOUT = "A task needs dataset.json, imagesTr and labelsTr; see data/README.md"
 
 
@@ -70,6 +73,8 @@ def load_task(folder: Path) -> Task:
     if sorted(channels) != list(range(len(channels))) or not channels:
         raise InputError(f"the modalities of {folder.name} are numbered {sorted(channels)}", "Number them from 0")
     names = _numbered(described, "labels")
+    if too_large := [number for number in names if number > _LARGEST_LABEL]:
+        raise InputError(f"dataset.json has the label number {too_large[0]}", f"Number up to {_LARGEST_LABEL}")
     subjects = _subjects(folder)
     training = _entries(described, "training")
     paired = [(_inside(folder, e.get("image")), _inside(folder, e.get("label"))) for e in training]
@@ -87,8 +92,7 @@ def load_task(folder: Path) -> Task:
         licence=str(described.get("licence", described.get("license", ""))),
         subjects=subjects,
     )
-    ids = [case.id for case in task.cases]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+    if twice := sorted(case for case, times in Counter(case.id for case in task.cases).items() if times > 1):
         raise InputError(f"dataset.json of {task.name} lists {', '.join(twice[:5])} twice", "List each case once")
     if not task.cases:
         raise InputError(f"dataset.json of {task.name} lists no training case", _LAYOUT)
@@ -148,11 +152,16 @@ def _size(shape: tuple[int, ...]) -> str:
 def _numbered(described: dict[str, Any], key: str) -> dict[int, str]:
     """A dictionary from numbers (as JSON strings) to names."""
     try:
-        return {int(number): str(name) for number, name in described[key].items()}
+        found = {int(number): name for number, name in described[key].items()}
     except KeyError:
         raise InputError(f"dataset.json has no {key!r}", f'Add it, like "{key}": {{"0": "..."}}') from None
     except (ValueError, AttributeError):
         raise InputError(f"{key!r} in dataset.json is not numbered", f'Write it like "{key}": {{"0": "..."}}') from None
+    if len(found) < len(described[key]):
+        raise InputError(f"{key!r} in dataset.json has a number twice", "Give each its own")
+    if strange := [number for number, name in found.items() if not isinstance(name, str)]:
+        raise InputError(f"{key!r} in dataset.json has no name for {strange[0]}", "Name it with a string")
+    return found
 
 
 def _entries(described: dict[str, Any], key: str, *, needed: bool = True) -> list[dict[str, Any]]:
@@ -167,6 +176,8 @@ def _entries(described: dict[str, Any], key: str, *, needed: bool = True) -> lis
 def _inside(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name:
         raise InputError("a case in dataset.json lacks an image or a label", 'Write {"image": ..., "label": ...}')
+    if not name.isprintable():  # half a surrogate pair or a zero byte names no file; a line break breaks tables
+        raise InputError(f"dataset.json names the file {name!a}", "Rename it without control characters")
     path = folder / name
     # A link to a store elsewhere is the owner's doing; a path that climbs out is not.
     if ".." in Path(name).parts or Path(name).is_absolute():
