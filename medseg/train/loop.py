@@ -112,6 +112,7 @@ def train(
     checkpoint = time.perf_counter()
     recent: list[float] = []
     last_dice: float | None = None
+    late = setup.budget_seconds is not None and earlier > 1.1 * setup.budget_seconds
 
     def save() -> None:
         state = {**identity, "step": step, "steps": steps, "seconds": earlier + time.perf_counter() - started}
@@ -119,7 +120,7 @@ def train(
 
     with ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(batches, step)
-        while step < steps:
+        while step < steps and not late:
             images, targets = upcoming.result()
             upcoming = ahead.submit(batches, step + 1)
             rate = plan.training.learning_rate.value * schedule(step, steps)
@@ -156,8 +157,6 @@ def train(
                 checkpoint = time.perf_counter()
             if progress:
                 progress(Progress(step, steps, loss, last_dice))
-            if late:
-                break
         upcoming.cancel()
     records = tuple(log.records())
     log.close()
