@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.core.errors import InputError
 from medseg.core.provenance import digest
 from medseg.core.volume import LabelMap, Volume
 from medseg.dataset.task import Case, Task, load_case
@@ -77,10 +78,13 @@ class Fingerprint(Strict):
 
 
 def fingerprint(task: Task, *, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None) -> Fingerprint:
-    """Measure every training case. Raises InputError for the first one that is not sound."""
+    """Measure every training case. Raises InputError for the first one that is not sound, and where
+    no case has a labelled voxel."""
     with ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0))))) as pool:
         measured = pool.map(lambda case: _measure(task, case), task.cases)
         rows = list(progress(measured, len(task.cases)) if progress else measured)
+    if not any(row.label_mm3 for row, _ in rows):
+        raise InputError(f"the label maps of {task.name} are all empty", "Add cases in which something is outlined")
     intensities = []
     for number, channel in enumerate(task.channels):
         values = np.concatenate([samples[number] for _, samples in rows])
@@ -117,8 +121,6 @@ def _measure(task: Task, case: Case) -> tuple[CasePrint, NDArray[np.float64]]:
 
 def _sample(volume: Volume, labels: LabelMap) -> NDArray[np.float64]:
     inside = np.flatnonzero(labels.values)
-    if not len(inside):
-        inside = np.arange(labels.values.size)
     step = max(1, len(inside) // _SAMPLES)
     values = volume.values.reshape(volume.channels, -1)[:, inside[::step]]
     return np.asarray(values, dtype=np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -13,7 +14,7 @@ from medseg.core.provenance import digest
 from medseg.io.files import read_json, write_json
 
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -37,7 +38,7 @@ class LabelEntry(Strict):
     """A `Label` in a file."""
 
     name: str
-    number: Count
+    number: Annotated[int, Field(ge=1, le=65_535)]
     code: str | None = None
 
 
@@ -60,6 +61,8 @@ class Normalisation(Strict):
     def _ct_needs_numbers(self) -> Normalisation:
         if self.kind == "ct" and None in (self.low, self.high, self.mean, self.std):
             raise ValueError("ct needs low, high, mean and std")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
         return self
 
 
@@ -78,6 +81,11 @@ class Network(Strict):
             raise ValueError("features, kernels and strides need one entry per stage")
         if len(self.features) < 2 or self.strides[0] != (1, 1, 1):
             raise ValueError("a U-Net has two stages or more, the first with stride 1")
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            if any(k % 2 == 0 or s > k + 1 for k, s in zip(kernel, stride, strict=True)):
+                raise ValueError(
+                    f"kernel {kernel} with stride {stride}: kernels are odd, strides no longer than them + 1"
+                )
         return self
 
     @property
@@ -107,8 +115,13 @@ class Configuration(Strict):
             raise ValueError(f"patch {patch} is no multiple of the strides' product {network.divisor}")
         if (self.dimensions == 2) != (self.slice_axis is not None):
             raise ValueError("a 2D configuration, and only that, needs slice_axis")
-        if self.slice_axis is not None and patch[self.slice_axis] != 1:
-            raise ValueError(f"a 2D patch is one voxel thick along axis {self.slice_axis}")
+        flat = self.slice_axis
+        if flat is not None and patch[flat] != 1:
+            raise ValueError(f"a 2D patch is one voxel thick along axis {flat}")
+        if flat is not None and any(kernel[flat] != 1 for kernel in network.kernels):
+            raise ValueError(f"a 2D network has kernels of 1 along axis {flat}")
+        if patch == network.divisor:
+            raise ValueError(f"the strides bring the patch {patch} down to a single voxel, which has no variance")
         return self
 
 
@@ -140,17 +153,21 @@ class Plan(Strict):
 
     format: Literal[1] = 1
     task: str
-    channels: tuple[str, ...]
-    labels: tuple[LabelEntry, ...]
+    channels: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: Annotated[tuple[LabelEntry, ...], Field(min_length=1)]
     normalisation: Decision[tuple[Normalisation, ...]]
-    configurations: dict[str, Configuration]
+    configurations: Annotated[dict[str, Configuration], Field(min_length=1)]
     training: Training
     fingerprint: str
 
     @model_validator(mode="after")
-    def _channels_agree(self) -> Plan:
+    def _channels_and_labels_agree(self) -> Plan:
         if [n.channel for n in self.normalisation.value] != list(self.channels):
             raise ValueError("normalisation needs one entry per channel, in their order")
+        try:
+            _ = self.label_set
+        except InputError as error:
+            raise ValueError(error.fault) from None
         return self
 
     @property
@@ -172,14 +189,15 @@ class Plan(Strict):
 
 def _without_reasons(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_reasons(v) for k, v in value.items() if k != "reason"}
+        return {k: _without_reasons(v) for k, v in value.items() if k != "reason" or "value" not in value}
     return [_without_reasons(v) for v in value] if isinstance(value, list) else value
 
 
 def parse_plan(value: Any, where: str) -> Plan:
     """A plan from what JSON held; InputError naming the first thing that is wrong."""
     try:
-        return Plan.model_validate(value)
+        # By way of JSON, since strictness without it would want tuples where JSON has lists.
+        return Plan.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the whole"

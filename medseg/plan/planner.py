@@ -68,8 +68,6 @@ def plan(measured: Fingerprint, labels: LabelSet, *, machine: str = "cpu", epoch
         )
     target = Machine(machine)
     configurations = {"3d": _volumes(measured, target), "2d": _slices(measured, target)}
-    if min(configurations["3d"].patch.value) < 2 * _COARSEST:
-        del configurations["3d"]
     return Plan(
         task=measured.task,
         channels=tuple(i.channel for i in measured.intensities),
@@ -138,7 +136,8 @@ def _volumes(measured: Fingerprint, machine: Machine) -> Configuration:
 def _slices(measured: Fingerprint, machine: Machine) -> Configuration:
     spacing = _spacing(measured)
     steps = np.array(spacing.value)
-    axis = int(np.argmax(steps)) if steps.max() > 1.1 * np.sort(steps)[1] else 2
+    uneven = steps.max() > 1.1 * np.sort(steps)[1]
+    axis = int(np.argmax(steps)) if uneven else 2
     plane = tuple(a for a in range(3) if a != axis)
     typical = _typical_shape(measured, spacing.value)
     patch, network = _fit(typical, steps, machine.slice_pixels, machine, axes=plane)
@@ -149,7 +148,8 @@ def _slices(measured: Fingerprint, machine: Machine) -> Configuration:
         spacing=spacing,
         patch=Decision(
             value=patch,
-            reason=f"slices across {'xyz'[axis]}, the coarsest axis; a typical one has "
+            reason=f"slices across {'xyz'[axis]}, {'the coarsest axis' if uneven else 'no axis being coarsest'}; "
+            f"a typical one has "
             f"{_size(typical[list(plane)])} pixels",
         ),
         batch=Decision(value=batch, reason="as many slices as cost about a 3D step"),
@@ -160,10 +160,11 @@ def _slices(measured: Fingerprint, machine: Machine) -> Configuration:
 def _fit(
     typical: NDArray[np.float64], spacing: NDArray[np.float64], most: int, machine: Machine, axes: tuple[int, ...]
 ) -> tuple[Three, Decision[Network]]:
-    """The largest patch within ``most`` voxels, in the proportions of the typical case, that the
-    network's strides divide."""
+    """A patch within ``most`` voxels that the network's strides divide: the typical case, shortened
+    where it reaches farthest in mm."""
     size = np.ones(3)
-    size[list(axes)] = np.maximum(np.rint(typical[list(axes)]), 2 * _COARSEST)
+    longest = most / (2 * _COARSEST) ** (len(axes) - 1)  # with the other axes as short as can be
+    size[list(axes)] = np.clip(np.rint(typical[list(axes)]), 2 * _COARSEST, longest)
     while True:
         network = _network(size, spacing, machine, axes)
         patch = np.array([_round_up(s, d) for s, d in zip(size, network.value.divisor, strict=True)])
@@ -180,21 +181,25 @@ def _network(
     size: NDArray[np.float64], spacing: NDArray[np.float64], machine: Machine, axes: tuple[int, ...]
 ) -> Decision[Network]:
     """Stages are added while an axis can be halved: long enough, and no coarser than twice the
-    finest. A kernel spans an axis once its spacing is within twice the finest."""
+    finest of those long enough. A kernel spans an axis once its spacing is within twice the finest
+    or it is halved, and from then on."""
     size, spacing = size.copy(), spacing.copy()
     inside = np.isin(np.arange(3), axes)
     kernels: list[Three] = []
     strides: list[Three] = []
     features: list[int] = []
     stride = np.ones(3, dtype=int)
+    near = np.zeros(3, dtype=bool)
     while True:
-        near = inside & (spacing <= 2 * spacing[inside].min() * (1 + 1e-6))
+        near |= inside & (spacing <= 2 * spacing[inside].min() * (1 + 1e-6))
         kernels.append(_three(np.where(near, 3, 1)))
         strides.append(_three(stride))
         features.append(min(machine.first_features * 2 ** len(features), machine.most_features))
-        halve = near & (size / 2 >= _COARSEST)
-        if not halve.any() or len(features) == _MOST_STAGES:
+        long = inside & (size / 2 >= _COARSEST)
+        if not long.any() or len(features) == _MOST_STAGES:
             break
+        halve = long & (spacing <= 2 * spacing[long].min() * (1 + 1e-6))
+        near |= halve
         stride = np.where(halve, 2, 1)
         size, spacing = size / stride, spacing * stride
     network = Network(features=tuple(features), kernels=tuple(kernels), strides=tuple(strides))

@@ -210,5 +210,5 @@ def test_progress_sees_every_row(tmp_path: Path, tiny_task: Any) -> None:
 def test_nothing_like_a_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder"):
         check(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="has no dataset.json"):
+    with pytest.raises(InputError, match=r"has no dataset\.json"):
         check(tmp_path)
