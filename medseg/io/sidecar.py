@@ -19,6 +19,26 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{name}.json")
 
 
+def require_own(path: Path) -> None:
+    """InputError where a label map to be written, or its sidecar, would take the place of a file
+    that medseg did not make."""
+    side = sidecar_of(path)
+    if side.exists():
+        record = _read_or_none(side)
+        stranger = None if isinstance(record, dict) and "model_sha256" in record else side
+    else:
+        stranger = path if path.exists() else None
+    if stranger:
+        raise InputError(f"{stranger} is there already and was not made by medseg", "Move it, or name another with -o")
+
+
+def _read_or_none(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except InputError:
+        return None
+
+
 def write_index(folder: Path, model: str, cases: dict[str, str], failed: dict[str, str]) -> None:
     """Which label map belongs to which case, and which cases failed and why. Written last."""
     write_json(folder / INDEX, {"format": 1, "model": model, "cases": cases, "failed": failed})
@@ -31,9 +51,14 @@ def read_index(folder: Path) -> dict[str, Path]:
     the others alone would look better than the model is.
     """
     index: Any = read_json(folder / INDEX, "Make predictions with `medseg predict ... -o FOLDER`")
-    if not isinstance(index, dict) or index.get("format") != 1 or not isinstance(index.get("cases"), dict):
+    sound = isinstance(index, dict) and index.get("format") == 1 and isinstance(index.get("failed", {}), dict)
+    if not (sound and _names(index.get("cases"))):
         raise InputError(f"{folder / INDEX} has another format", "Predict anew")
     if failed := index.get("failed"):
         case, why = next(iter(failed.items()))
         raise InputError(f"{len(failed)} cases of {folder} were not predicted ({case}: {why})", "Mend them and predict")
     return {case: folder / Path(name).name for case, name in index["cases"].items()}
+
+
+def _names(cases: Any) -> bool:
+    return isinstance(cases, dict) and all(isinstance(name, str) for name in cases.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,7 @@ class CaseStore:
         _save(self.folder / f"{case}.image.npy", np.ascontiguousarray(image, dtype=np.float16))
         _save(self.folder / f"{case}.labels.npy", np.ascontiguousarray(labels))
         packed = io.BytesIO()
-        np.savez(
-            packed,
-            allow_pickle=False,
-            **{str(number): np.asarray(where, dtype=np.int64) for number, where in places.items()},
-        )
+        np.savez(packed, **{str(number): np.asarray(where, dtype=np.int64) for number, where in places.items()})  # type: ignore[arg-type]
         with atomic(self.folder / f"{case}.places.npz") as file:
             file.write(packed.getvalue())
 
@@ -65,11 +62,14 @@ class CaseStore:
     def read(self, case: str) -> StoredCase:
         """A case, its arrays mapped from disk. Raises InputError where a file is missing or broken."""
         try:
-            image = np.load(self.folder / f"{case}.image.npy", mmap_mode="r", allow_pickle=False)
-            labels = np.load(self.folder / f"{case}.labels.npy", mmap_mode="r", allow_pickle=False)
-            with np.load(self.folder / f"{case}.places.npz", allow_pickle=False) as packed:
+            image = np.lib.format.open_memmap(self.folder / f"{case}.image.npy", mode="r")
+            labels = np.lib.format.open_memmap(self.folder / f"{case}.labels.npy", mode="r")
+            if image.shape[1:] != labels.shape:
+                raise ValueError(f"image {image.shape} and labels {labels.shape} do not fit together")
+            packing = self.folder / f"{case}.places.npz"
+            with packing.open("rb") as file, np.load(file, allow_pickle=False) as packed:
                 places = {int(name): packed[name] for name in packed.files}
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"its preprocessed files in {self.folder} cannot be read ({error})", _REMEDY, case=case
             ) from None
