@@ -1,22 +1,21 @@
 # What the rules share: the configuration, checked; which tasks there are; how many cores a job takes.
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import jsonschema
-import yaml
 from snakemake.exceptions import WorkflowError
 
 
-configfile: workflow.source_path("config.yaml")
+configfile: str(Path(workflow.basedir) / "pipelines" / "config.yaml")
 
 
 def checked(config):
     """The configuration, if the schema allows it; otherwise one line that says what is wrong."""
-    import json
-
-    schema = json.loads(Path(workflow.source_path("schemas/config.schema.json")).read_text())
+    schema = json.loads((Path(workflow.basedir) / "pipelines" / "schemas" / "config.schema.json").read_text())
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(config))
     if problem is not None:
         where = ".".join(str(part) for part in problem.absolute_path) or "the top level"
@@ -102,8 +101,6 @@ def budget(wildcards):
 def minutes(wildcards):
     """What a training may take, start and validation included."""
     units = {"d": 1440, "h": 60, "m": 1, "s": 1 / 60}
-    import re
-
     parts = re.findall(r"([0-9.]+)([dhms])", budget(wildcards))
     return int(1.2 * sum(float(n) * units[u] for n, u in parts)) + 10
 
