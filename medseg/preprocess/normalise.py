@@ -13,6 +13,9 @@ from medseg.plan.plan import Normalisation
 
 Float32 = NDArray[np.float32]
 
+# With a half percent clipped at either end, no value lies farther from the mean than 1/sqrt(0.005) = 14.
+_FARTHEST = 20.0
+
 
 def normalise(volume: Volume, rules: tuple[Normalisation, ...]) -> Volume:
     """Float32 values, one rule per channel. Raises InputError where their numbers differ."""
@@ -38,7 +41,8 @@ def _zscore(values: NDArray[Any]) -> Float32:
     """Mean 0 and standard deviation 1 over the voxels that are not zero.
 
     Values beyond their 0.5 and 99.5 percentiles are clipped first: in Task04 single voxels reach a
-    hundred times the rest. A constant channel becomes zero.
+    hundred times the rest. A constant channel becomes zero. Zeros far below everything else end 20
+    standard deviations below the mean, where no clipped value lies, so that half precision holds them.
     """
     values = values.astype(np.float32)
     inside = values[values != 0]
@@ -47,5 +51,7 @@ def _zscore(values: NDArray[Any]) -> Float32:
     low, high = np.percentile(inside, (0.5, 99.5))
     inside = np.clip(inside, low, high)
     std = max(float(inside.std()), 1e-6 * max(1.0, abs(float(high))))
-    scaled: Float32 = (np.clip(values, min(low, 0.0), high) - inside.mean(dtype=np.float64)).astype(np.float32) / std
+    mean = inside.mean(dtype=np.float64)
+    least = max(float(min(low, 0.0)), float(mean) - _FARTHEST * std)
+    scaled: Float32 = (np.clip(values, least, high) - mean).astype(np.float32) / std
     return scaled
