@@ -6,19 +6,33 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
 
 from medseg.core.errors import InputError
 from medseg.core.provenance import digest
 from medseg.io.files import new_folder, read_json, write_bytes, write_json, write_text
-from medseg.plan.plan import Configuration, Plan, read_plan, write_plan
+from medseg.plan.plan import Configuration, Plan, Strict, read_plan, write_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "package.json"
 _ANOTHER = "Get the package again, or train it anew"
-_KEYS = {"format", "task", "configuration", "members", "checksums", "trained_on", "held_out", "provenance"}
+
+
+class Index(Strict):
+    """What ``package.json`` holds."""
+
+    format: Literal[1]
+    task: str
+    configuration: str
+    members: Annotated[tuple[str, ...], Field(min_length=1)]
+    checksums: dict[str, str]
+    trained_on: tuple[str, ...]
+    held_out: tuple[str, ...]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,17 +72,17 @@ def save_package(folder: Path, package: ModelPackage) -> None:
     write_plan(folder / "plan.json", package.plan)
     write_text(folder / "README.md", _card(package))
     checksums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("plan.json", *files)}
-    index = {
-        "format": 1,
-        "task": package.plan.task,
-        "configuration": package.configuration_name,
-        "members": list(files),
-        "checksums": checksums,
-        "trained_on": list(package.trained_on),
-        "held_out": list(package.held_out),
-        "provenance": package.provenance,
-    }
-    write_json(folder / INDEX, index)
+    index = Index(
+        format=1,
+        task=package.plan.task,
+        configuration=package.configuration_name,
+        members=tuple(files),
+        checksums=checksums,
+        trained_on=package.trained_on,
+        held_out=package.held_out,
+        provenance=package.provenance,
+    )
+    write_json(folder / INDEX, index.model_dump(mode="json"))
 
 
 def load_package(folder: Path) -> ModelPackage:
@@ -81,15 +95,16 @@ def load_package(folder: Path) -> ModelPackage:
         raise InputError(
             f"{folder} is no model package: it has no {INDEX}", "Name the folder that `medseg train` wrote"
         )
-    index = read_json(folder / INDEX, _ANOTHER)
-    if not isinstance(index, dict) or index.get("format") != 1 or set(index) != _KEYS:
-        raise InputError(f"{folder / INDEX} has another format", "Use the medseg version that wrote it")
-    names = index["members"]
-    if not names or any(Path(name).name != name or name not in index["checksums"] for name in names):
+    try:
+        index = Index.model_validate(read_json(folder / INDEX, _ANOTHER))
+    except ValidationError:
+        raise InputError(f"{folder / INDEX} has another format", "Use the medseg version that wrote it") from None
+    names = index.members
+    if any(Path(name).name != name or name not in index.checksums for name in names):
         raise InputError(f"{folder / INDEX} names members that it has no checksum for", _ANOTHER)
     for name in ("plan.json", *names):
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index["checksums"].get(name):
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index.checksums.get(name):
             raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
     try:
         members = tuple(load((folder / name).read_bytes()) for name in names)
@@ -97,11 +112,11 @@ def load_package(folder: Path) -> ModelPackage:
         raise InputError(f"the weights in {folder} cannot be read ({error})", _ANOTHER) from None
     package = ModelPackage(
         plan=read_plan(folder / "plan.json"),
-        configuration_name=str(index["configuration"]),
+        configuration_name=index.configuration,
         members=members,
-        trained_on=tuple(index["trained_on"]),
-        held_out=tuple(index["held_out"]),
-        provenance=index["provenance"],
+        trained_on=index.trained_on,
+        held_out=index.held_out,
+        provenance=index.provenance,
     )
     package.plan.configuration(package.configuration_name)
     return package

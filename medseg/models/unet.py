@@ -27,6 +27,9 @@ class UNet(DynUNet):
         super().__init__(**arguments)
         del self.skip_layers, self.heads
 
+    def check_kernel_stride(self) -> None:
+        """Nothing: the plan has been checked, and MONAI would refuse two stages, which small scans get."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits (B, classes, ...); in training a list, finest first."""
         skips = [self.input_block(x)]
@@ -36,8 +39,10 @@ class UNet(DynUNet):
         for block, skip in zip(self.upsamples, reversed(skips), strict=True):
             decoded.append(block(decoded[-1], skip))
         out: torch.Tensor = self.output_block(decoded[-1])
-        if not (self.training and self.deep_supervision):
+        if not self.training:
             return out
+        if not self.deep_supervision:
+            return [out]
         coarser = reversed(decoded[-1 - len(self.deep_supervision_heads) : -1])
         return [out, *(head(one) for head, one in zip(self.deep_supervision_heads, coarser, strict=True))]
 
