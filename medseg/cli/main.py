@@ -4,6 +4,7 @@ answers at once."""
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import click
 
@@ -38,12 +39,30 @@ for command in (check, plan, preprocess, train, predict, evaluate, report, phant
 
 
 def main() -> None:
-    """Run the command line; errors of medseg's own become one line and an exit status."""
+    """Run the command line; what goes wrong becomes one line and an exit status."""
     try:
-        cli()
+        sys.exit(cli(prog_name="medseg", standalone_mode=False))
     except MedsegError as error:
-        click.echo(f"medseg: {error}", err=True)
-        sys.exit(error.exit_status)
+        _end(str(error), error.exit_status)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "medseg"
+        _end(f"{error.format_message().rstrip('.')}. See `{verb} --help`.", error.exit_code)
+    except click.ClickException as error:
+        _end(error.format_message(), error.exit_code)
+    except click.Abort:
+        _end("stopped. Nothing was left half written.", 1)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        _end(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}.", 1)
+    except MemoryError:
+        _end("there is not enough memory. Use a machine that has more.", 1)
+
+
+def _end(text: str, status: int) -> NoReturn:
+    click.echo(f"medseg: {' '.join(line.strip() for line in text.splitlines())}", err=True)
+    sys.exit(status)
