@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from medseg.cli.common import FOLDER, device_option, progress, table, threads_op
 
 if TYPE_CHECKING:
     from medseg.infer.predict import Prediction, Predictor
+
+_SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory")
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,24 @@ def predict(
     from medseg.models.package import load_package
 
     use_cores(threads)
-    package = load_package(model)
-    jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
-
     from medseg.infer.predict import Predictor
 
+    package = load_package(model)
     predictor = Predictor(package, device)
+    jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
     results: list[dict[str, Any]] = []
-    failed: dict[str, MedsegError] = {}
+    failed: list[tuple[Job, MedsegError]] = []
     for job in progress("predict")(jobs, len(jobs)):
         try:
             results.append(_one(job, predictor))
         except MedsegError as error:
-            failed[job.name] = error
+            failed.append((job, error))
             click.echo(f"medseg: {job.scan.name}: {error}", err=True)
+    faults = {job.name: str(error) for job, error in failed}
     if output and output.is_dir():
-        outputs = {job.name: job.output.name for job in jobs if job.name not in failed}
-        write_index(output, package.name, outputs, {name: str(error) for name, error in failed.items()})
+        write_index(output, package.name, {j.name: j.output.name for j in jobs if j.name not in faults}, faults)
     if as_json:
-        click.echo(json.dumps({"format": 1, "predictions": results, "failed": {k: str(v) for k, v in failed.items()}}))
+        click.echo(json.dumps({"format": 1, "predictions": results, "failed": faults}))
     elif len(jobs) == 1 or not held_out:
         for result in results:
             _show(result)
@@ -77,29 +79,35 @@ def predict(
         click.echo(f"{len(results)} cases predicted into {output}")
     if failed:
         if len(jobs) > 1:
-            click.echo(f"medseg: {len(failed)} of {len(jobs)} scans failed: {', '.join(failed)}", err=True)
-        raise SystemExit(max(error.exit_status for error in failed.values()))
+            names = ", ".join(job.scan.name for job, _ in failed)
+            click.echo(f"medseg: {len(failed)} of {len(jobs)} scans failed: {names}", err=True)
+        raise SystemExit(max(error.exit_status for _, error in failed))
 
 
 def _one(job: Job, predictor: Predictor) -> dict[str, Any]:
-    from medseg.core.errors import InputError, MedsegError
+    from medseg.core.errors import MedsegError
     from medseg.io.files import write_json
     from medseg.io.nifti import read_volume, write_labels
-    from medseg.io.sidecar import sidecar_of
+    from medseg.io.sidecar import require_own, sidecar_of
 
-    side = sidecar_of(job.output)
-    if job.output.exists() and not side.exists():
-        raise InputError(
-            f"{job.output} is there already and was not made by medseg", "Move it, or name another with -o"
-        )
+    require_own(job.output)
     try:
         made = predictor.predict(read_volume(job.scan))
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for this where it computes on the CPU.
+        if isinstance(error, RuntimeError) and not _SHORT_OF_MEMORY.search(str(error)):
+            raise
         raise MedsegError(f"{job.scan.name} needs more memory than there is") from None
     record = _sidecar(job, made)
-    side.unlink(missing_ok=True)
-    write_labels(job.output, made.label_map)
-    write_json(side, record)
+    side = sidecar_of(job.output)
+    staged = side.with_name(f".{side.name}.new")
+    try:
+        # Where the disk is full neither takes the place of an earlier one.
+        write_json(staged, record)
+        write_labels(job.output, made.label_map)
+        staged.replace(side)
+    finally:
+        staged.unlink(missing_ok=True)
     return record
 
 
@@ -155,11 +163,12 @@ def _jobs(scans: tuple[Path, ...], output: Path | None) -> list[Job]:
         if len(files) > 1:
             raise InputError(f"{output} is one file for {len(files)} scans", "Name a folder with -o")
         return [Job(stem(files[0]), files[0], output)]
-    folder = _output_folder(output)
-    jobs = [Job(stem(f), f, (folder or f.parent) / f"{stem(f)}{SUFFIX}.nii.gz") for f in files]
+    jobs = [Job(stem(f), f, (output or f.parent) / f"{stem(f)}{SUFFIX}.nii.gz") for f in files]
     outputs = [job.output for job in jobs]
     if twice := next((o for o in outputs if outputs.count(o) > 1), None):
         raise InputError(f"two scans would both be written to {twice}", "Predict them into different folders")
+    if output:
+        _output_folder(output)
     return jobs
 
 
@@ -169,17 +178,20 @@ def _held_out(scans: tuple[Path, ...], output: Path | None, cases: tuple[str, ..
     from medseg.io.nifti import is_nifti
     from medseg.io.sidecar import SUFFIX
 
-    folder = None if output and is_nifti(output) else _output_folder(output)
-    if len(scans) != 1 or folder is None:
+    if len(scans) != 1 or output is None or is_nifti(output):
         raise InputError(
             "--held-out goes with one task and an output folder", "Write: predict TASK --held-out -o FOLDER"
         )
     task = load_task(scans[0])
-    return [Job(case, task.case(case).image, folder / f"{case}{SUFFIX}.nii.gz") for case in cases]
+    images = [(case, task.case(case).image) for case in cases]
+    _output_folder(output)
+    return [Job(case, image, output / f"{case}{SUFFIX}.nii.gz") for case, image in images]
 
 
-def _output_folder(output: Path | None) -> Path | None:
+def _output_folder(output: Path) -> None:
+    """Make it, or take it if it is one of predictions; its index is written anew at the end, so that
+    a run that breaks off leaves no index that speaks of the earlier one."""
     from medseg.io.files import new_folder
     from medseg.io.sidecar import INDEX
 
-    return new_folder(output, holds=INDEX) if output else None
+    (new_folder(output, holds=INDEX) / INDEX).unlink(missing_ok=True)
