@@ -146,7 +146,13 @@ class RunFolder:
         index = read_json(self.index, f"Run `medseg plan TASK -o {self.path}` first")
         if not isinstance(index, dict) or index.get("format") != 1 or not isinstance(index.get("task"), str):
             raise InputError(f"{self.index} has another format", "Plan anew")
-        return load_task(Path(index["task"]))
+        folder = Path(index["task"])
+        if not folder.is_dir():
+            raise InputError(
+                f"the task of this run is not at {folder} any more",
+                f"Put it back, or run `medseg plan TASK -o {self.path}` with its new place",
+            )
+        return load_task(folder)
 
     def plan(self) -> Plan:
         """The run's plan, checked."""

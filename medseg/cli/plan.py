@@ -36,6 +36,7 @@ def plan(
 
     loaded = load_task(task)
     run = RunFolder(new_folder(output, holds="run.json"))
+    _require_same_task(run, loaded.name)
     measured = fingerprint(loaded, progress=progress("measure"))
     decided = make_plan(measured, loaded.labels, machine=machine or _this_machine(), epochs=epochs)
     if splits:
@@ -58,6 +59,17 @@ def plan(
         spacing = "x".join(f"{s:.3g}" for s in c.spacing.value)
         click.echo(f"{name}: patch {size} at {spacing} mm, batch {c.batch.value} ({c.patch.reason})")
     click.echo(f"{len(loaded.cases)} cases in {len(dealt)} folds; {run.plan_file} may be edited")
+
+
+def _require_same_task(run: RunFolder, name: str) -> None:
+    """InputError where the folder is a run on another task (one that has moved is the same)."""
+    from medseg.core.errors import InputError
+    from medseg.io.files import read_json
+
+    index = read_json(run.index) if run.index.exists() else {}
+    earlier = Path(str(index.get("task", name) if isinstance(index, dict) else name)).name
+    if earlier != name:
+        raise InputError(f"{run.path} is a run on {earlier}", "Name another folder with -o")
 
 
 def _this_machine() -> str:

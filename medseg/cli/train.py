@@ -67,6 +67,9 @@ def train(
     if fold >= len(folds):
         raise InputError(f"{folder.folds_file} has no fold {fold}", f"Its folds are 0 to {len(folds) - 1}")
     chosen = folds[fold]
+    plan.configuration(configuration)
+    store = CaseStore(folder.store(configuration))
+    store.require(plan.digest(), configuration)
     output = folder.fold(configuration, fold)
     new_folder(output / "model", holds=INDEX)
     setup = Setup(
@@ -91,7 +94,7 @@ def train(
         package, records = train_network(
             plan,
             setup,
-            CaseStore(folder.store(configuration)),
+            store,
             RunLog(checkpoints or folder.checkpoints(configuration, fold)),
             validation=[(case, *load_case(task, task.case(case))) for case in watched],
             progress=show,
