@@ -1,0 +1,176 @@
+"""The main path: check, plan, preprocess, train, predict, evaluate, report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medseg.core.labels import LabelSet
+from medseg.io.nifti import read_labels, read_volume
+from medseg.models.package import load_package
+from medseg.plan.plan import read_plan
+
+VERBS = ["check", "plan", "preprocess", "train", "predict", "evaluate", "report"]
+LABELS = LabelSet.from_names(["left blob", "right blob"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_ends_well(made: Any, verb: str) -> None:
+    assert made.outcomes[verb].status == 0, made.outcomes[verb]
+    assert made.outcomes[verb].err == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "plan.json",
+        "folds.json",
+        "fingerprint.json",
+        "3d/preprocessed/store.json",
+        "3d/fold0/model/package.json",
+        "3d/fold0/model/member0.safetensors",
+        "3d/fold0/model/plan.json",
+        "3d/fold0/model/README.md",
+        "3d/fold0/log.json",
+        "3d/fold0/predictions/predictions.json",
+        "3d/fold0/metrics.csv",
+        "3d/fold0/metrics.json",
+        "report.html",
+        "report.md",
+    ],
+)
+def test_every_promised_file_is_there(made: Any, name: str) -> None:
+    assert (made.run / name).stat().st_size > 0
+
+
+def test_nothing_is_left_half_written(made: Any) -> None:
+    assert not [p for p in made.run.rglob("*") if p.name.endswith((".part", ".new"))]
+
+
+def test_what_is_said(made: Any) -> None:
+    said = {verb: outcome.out for verb, outcome in made.outcomes.items()}
+    assert "6 cases, 6 ok" in said["check"]
+    assert "Fit for use." in said["check"]
+    assert "6 cases in 3 folds" in said["plan"]
+    assert "6 cases in" in said["preprocess"]
+    assert "160 of 160 steps" in said["train"]
+    assert "2 cases predicted" in said["predict"]
+    assert "left blob" in said["evaluate"]
+    assert said["report"].strip() == str(made.run / "report.html")
+
+
+def test_the_model_says_what_it_was_trained_on(made: Any) -> None:
+    package = load_package(made.model)
+    (fold, *_) = json.loads((made.run / "folds.json").read_text())["folds"]
+    assert package.trained_on == tuple(fold["train"])
+    assert package.held_out == tuple(fold["validation"])
+    assert package.plan.digest() == read_plan(made.run / "plan.json").digest()
+    log = json.loads((made.fold / "log.json").read_text())
+    assert log["options"] == "--epochs 1 --seed 0"
+    assert log["records"][-1]["step"] == 160
+
+
+def test_held_out_cases_are_predicted_and_no_others(made: Any) -> None:
+    index = json.loads((made.fold / "predictions" / "predictions.json").read_text())
+    assert set(index["cases"]) == set(load_package(made.model).held_out)
+    assert index["failed"] == {}
+    for case, name in index["cases"].items():
+        found = read_labels(made.fold / "predictions" / name, LABELS)
+        assert found.grid.matches(read_volume(made.task / "imagesTr" / f"{case}.nii.gz").grid)
+        side = json.loads((made.fold / "predictions" / name.replace(".nii.gz", ".json")).read_text())
+        for organ in side["organs"]:
+            assert organ["volume_ml"] * 1000 == pytest.approx(found.volume_of(organ["number"]))
+
+
+def test_the_scores_are_those_of_the_training_log(made: Any) -> None:
+    rows = list(csv.DictReader((made.fold / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == 4
+    dice = [float(row["dice"]) for row in rows]
+    log = json.loads((made.fold / "log.json").read_text())
+    assert sum(dice) / 4 == pytest.approx(log["records"][-1]["dice"], abs=1e-4)
+    assert min(dice) > 0.5
+
+
+def test_the_report_names_every_case_and_structure(made: Any) -> None:
+    page = (made.run / "report.html").read_text()
+    for word in (*load_package(made.model).held_out, "left blob", "right blob", "medseg train RUN -c 3d --fold 0"):
+        assert word in page
+    assert "left blob" in (made.run / "report.md").read_text()
+
+
+# ---- once more ----------------------------------------------------------------------------------
+
+
+def test_training_again_where_it_ended_changes_nothing(made: Any, medseg: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    before = load_package(mine.model).digest()
+    outcome = medseg("train", mine.run, "--epochs", 1, "--threads", 1, "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert "160 of 160 steps" in outcome.out
+    assert load_package(mine.model).digest() == before
+
+
+def test_a_budget_goes_into_the_log(made: Any, medseg: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    outcome = medseg("train", mine.run, "--budget", "1s", "--threads", 1, "--device", "cpu", "--seed", 3)
+    assert outcome.status == 0, outcome
+    assert json.loads((mine.fold / "log.json").read_text())["options"] == "--budget 1s --seed 3"
+
+
+def test_planning_again_keeps_folds_and_puts_an_edited_plan_aside(made: Any, medseg: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    edited, folds = read_plan(mine.run / "plan.json"), (mine.run / "folds.json").read_bytes()
+    outcome = medseg("plan", mine.task, "-o", mine.run, "--folds", 2, "--machine", "cpu")
+    assert outcome.status == 0
+    assert "kept" in outcome.err
+    assert "plan.earlier.json" in outcome.err
+    assert (mine.run / "folds.json").read_bytes() == folds
+    assert read_plan(mine.run / "plan.earlier.json") == edited
+    again = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu")
+    assert "plan.earlier.json" not in again.err
+    assert read_plan(mine.run / "plan.earlier.json") == edited
+
+
+def test_a_run_folder_goes_with_one_task(made: Any, medseg: Any, tiny_task: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    other = tiny_task(tmp_path / "Task01_other", 4)
+    before = (mine.run / "plan.json").read_bytes()
+    medseg("plan", other, "-o", mine.run).refused("is a run on Task00_blobs")
+    assert (mine.run / "plan.json").read_bytes() == before
+
+
+def test_a_task_that_moved_is_found_after_planning_anew(made: Any, medseg: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    moved = mine.task.rename(tmp_path / "elsewhere" / mine.task.name)
+    for command in (["preprocess"], ["train"], ["report"]):
+        medseg(*command, mine.run).refused("is not at", str(mine.task), "medseg plan TASK")
+    assert medseg("plan", moved, "-o", mine.run, "--machine", "cpu").status == 0
+    assert medseg("report", mine.run).status == 0
+
+
+def test_other_folds_may_be_given(made: Any, medseg: Any, tmp_path: Path) -> None:
+    ids = [f"blob_{n:03d}" for n in range(6)]
+    splits = tmp_path / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ids[:4], "val": ids[4:]}]))
+    assert medseg("plan", made.task, "-o", tmp_path / "run", "--splits", splits).status == 0
+    folds = json.loads((tmp_path / "run" / "folds.json").read_text())["folds"]
+    assert folds == [{"train": ids[:4], "validation": ids[4:]}]
+
+
+@pytest.mark.parametrize("verb", ["check", "evaluate"])
+def test_json_for_programs(made: Any, medseg: Any, tmp_path: Path, verb: str) -> None:
+    if verb == "check":
+        outcome = medseg("check", made.task, "--json", "-o", tmp_path / "check.json")
+        document = json.loads(outcome.out)
+        assert document == json.loads((tmp_path / "check.json").read_text())
+        assert document["ok"]
+    else:
+        outcome = medseg("evaluate", made.fold / "predictions", made.task, "-o", tmp_path, "--json")
+        assert json.loads(outcome.out) == json.loads((tmp_path / "metrics.json").read_text())
+    assert outcome.status == 0
