@@ -190,3 +190,4 @@ def test_a_small_image_is_centred_in_zeros(small_plan: Any) -> None:
     image = np.ones((1, 5, 16, 16), dtype=np.float32)
     logits = sliding_window([Neighbour()], image, configuration, 1, CPU)
     assert logits[0, :, 0, 0].tolist() == [1, 1, 1, 1, 0]
+    assert sliding_window([Place()], image, configuration, 2, CPU)[0, :, 0, 0] == pytest.approx([5, 6, 7, 8, 9])
