@@ -100,12 +100,12 @@ def train(
             progress=show,
         )
     length = f"--epochs {epochs}" if epochs else f"--budget {budget:g}s" if budget else ""
+    save_package(output / "model", package)
     write_json(
         output / "log.json", {"format": 1, "options": f"{length} --seed {seed}".strip(), "records": list(records)}
     )
-    save_package(output / "model", package)
     done = package.provenance
     click.echo(
-        f"{package.name}: {done['steps']} of {done['steps_planned']} steps in {done['seconds']:.0f} s, "
+        f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, "
         f"Dice {records[-1].get('dice', float('nan')):.3f} on {len(watched)} held-out cases; {output / 'model'}"
     )

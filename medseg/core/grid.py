@@ -161,18 +161,20 @@ class Grid:
         return Grid((shape[0], shape[1], shape[2]), self.affine @ matrix)
 
     def with_spacing(self, spacing: ArrayLike) -> Grid:
-        """Another spacing (mm) over the same field of view.
+        """Another spacing (mm) over the whole field of view.
 
-        The field of view reaches from the outer edge of the first voxel to that of the last; the
-        number of voxels is rounded, and the new voxels are centred on the old field of view, so
-        that no side is favoured. Raises InputError for a spacing that is not a positive number.
+        The field of view reaches from the outer edge of the first voxel to that of the last. The
+        number of voxels is rounded up (but for a twentieth of one), so that no slice is lost, and
+        the new voxels are centred on the old field of view, so that no side is favoured.
+
+        Raises InputError for a spacing that is not a positive number.
         """
         wanted = np.asarray(spacing, dtype=np.float64)
         if not (np.isfinite(wanted).all() and wanted.min() > 0):
             raise InputError(f"a voxel spacing of {_numbers(np.atleast_1d(wanted))} mm", "Give positive numbers")
         old = np.asarray(self.spacing)
         extent = old * self.shape
-        shape = np.maximum(np.rint(extent / wanted), 1).astype(int)
+        shape = np.maximum(np.ceil(extent / wanted - 0.05), 1).astype(int)
         step = wanted / old
         first = (np.asarray(self.shape) - 1) / 2 - (shape - 1) / 2 * step
         matrix = np.diag([*step, 1.0])

@@ -4,6 +4,7 @@ nobody's code."""
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -63,26 +64,34 @@ class ModelPackage:
 
 
 def save_package(folder: Path, package: ModelPackage) -> None:
-    """Write a package to a new folder (or over an older package). The index comes last."""
+    """Write a package to a new folder, or over an older package.
+
+    All files are written beside the folder first, so that an older package outlives a full disk.
+    The index moves last.
+    """
     new_folder(folder, holds=INDEX)
-    (folder / INDEX).unlink(missing_ok=True)
-    files = {f"member{i}.safetensors": _pack(weights) for i, weights in enumerate(package.members)}
-    for name, data in files.items():
-        write_bytes(folder / name, data)
-    write_plan(folder / "plan.json", package.plan)
-    write_text(folder / "README.md", _card(package))
-    checksums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("plan.json", *files)}
-    index = Index(
-        format=1,
-        task=package.plan.task,
-        configuration=package.configuration_name,
-        members=tuple(files),
-        checksums=checksums,
-        trained_on=package.trained_on,
-        held_out=package.held_out,
-        provenance=package.provenance,
-    )
-    write_json(folder / INDEX, index.model_dump(mode="json"))
+    members = {f"member{i}.safetensors": _pack(weights) for i, weights in enumerate(package.members)}
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        aside = Path(name)
+        for member, data in members.items():
+            write_bytes(aside / member, data)
+        write_plan(aside / "plan.json", package.plan)
+        write_text(aside / "README.md", _card(package))
+        named = ("plan.json", *members)
+        index = Index(
+            format=1,
+            task=package.plan.task,
+            configuration=package.configuration_name,
+            members=tuple(members),
+            checksums={file: hashlib.sha256((aside / file).read_bytes()).hexdigest() for file in named},
+            trained_on=package.trained_on,
+            held_out=package.held_out,
+            provenance=package.provenance,
+        )
+        write_json(aside / INDEX, index.model_dump(mode="json"))
+        (folder / INDEX).unlink(missing_ok=True)
+        for file in (*named, "README.md", INDEX):
+            (aside / file).replace(folder / file)
 
 
 def load_package(folder: Path) -> ModelPackage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _CLIP = 12.0
 _EMA = 0.999
 # Timed on a copy of the network before the run, to turn a budget into a number of steps.
 _WARM, _TIMED = 3, 7
+# A budget's number of steps is looked at anew every so many steps, by their median time.
+_PACE = 10
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ def train(
     """Train one network, and give back the package with its averaged weights, and the run's log.
 
     Each run has a place of its own in ``log``, known by its plan, fold, cases, seed and length. It
-    goes on from the checkpoint there, if any, and ends
-    after ``setup.epochs`` or as many steps as fit ``setup.budget_seconds``, the learning rate
-    reaching zero at the end. ``validation`` cases are predicted now and then, by the same function
-    that `predict` uses. Raises MedsegError where the loss is no longer a number.
+    goes on from the checkpoint there, if any, and ends after ``setup.epochs``, or after as many
+    steps as fit ``setup.budget_seconds``: their number is measured, and corrected where the machine
+    turns slower or faster. The learning rate reaches zero at the end. ``validation`` cases are
+    predicted now and then, by the same function that `predict` uses.
+
+    Raises MedsegError where the loss is no longer a number.
     """
     torch.set_num_threads(setup.threads)
     device = pick_device(setup.device)
@@ -106,24 +111,28 @@ def train(
     }
     log = log.of(digest(identity)[:12])
     started = time.perf_counter()
-    step, earlier, steps = _resume(log, network, average, optimiser)
-    if steps is None:
-        steps = _steps(plan, setup, network, batches, started)
+    step, earlier, found = _resume(log, network, average, optimiser)
+    length = found or Length([(0, _steps(plan, setup, network, batches, started))])
     checkpoint = time.perf_counter()
     recent: list[float] = []
     last_dice: float | None = None
-    late = setup.budget_seconds is not None and earlier > 1.1 * setup.budget_seconds
+    pace: deque[float] = deque(maxlen=_PACE)
+    validation_seconds = 0.0
 
     def save() -> None:
-        state = {**identity, "step": step, "steps": steps, "seconds": earlier + time.perf_counter() - started}
-        log.save(_tensors(network, average, optimiser), state)
+        seconds = earlier + time.perf_counter() - started
+        log.save(
+            _tensors(network, average, optimiser),
+            {**identity, "step": step, "length": length.parts, "seconds": seconds},
+        )
 
     with ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(batches, step)
-        while step < steps and not late:
+        while step < length.steps:
+            before = time.perf_counter()
             images, targets = upcoming.result()
             upcoming = ahead.submit(batches, step + 1)
-            rate = plan.training.learning_rate.value * schedule(step, steps)
+            rate = plan.training.learning_rate.value * schedule(length.progress(step))
             for group in optimiser.param_groups:
                 group["lr"] = rate
             loss = train_step(network, optimiser, images, targets)
@@ -136,27 +145,32 @@ def train(
                     "Lower the learning rate in plan.json and train again."
                 )
 
+            pace.append(time.perf_counter() - before)
             seconds = earlier + time.perf_counter() - started
-            ended = step == steps
-            late = setup.budget_seconds is not None and seconds > 1.1 * setup.budget_seconds
-            if step % plan.training.steps_per_epoch == 0 or ended or late:
+            if setup.budget_seconds is not None and step % _PACE == 0 and step < length.steps:
+                left = 0.99 * setup.budget_seconds - seconds - validation_seconds
+                length = length.corrected(step, step + max(1, int(left / float(np.median(pace)))))
+            ended = step == length.steps
+            if step % plan.training.steps_per_epoch == 0 or ended:
                 record: dict[str, Any] = {
                     "step": step,
-                    "steps": steps,
+                    "steps": length.steps,
                     "seconds": round(seconds, 2),
                     "loss": float(np.mean(recent)),
                     "learning_rate": rate,
                 }
                 recent = []
-                if validation and (ended or late or _due(step, steps, plan.training.steps_per_epoch)):
+                if validation and (ended or _due(step, length.steps, plan.training.steps_per_epoch)):
+                    before = time.perf_counter()
                     record |= validate(average, validation, plan, setup.configuration, device)
+                    validation_seconds = time.perf_counter() - before
                     last_dice = record["dice"]
                 log.write(record)
-            if time.perf_counter() - checkpoint > _CHECKPOINT_SECONDS or ended or late:
+            if time.perf_counter() - checkpoint > _CHECKPOINT_SECONDS or ended:
                 save()
                 checkpoint = time.perf_counter()
             if progress:
-                progress(Progress(step, steps, loss, last_dice))
+                progress(Progress(step, length.steps, loss, last_dice))
         upcoming.cancel()
     records = tuple(log.records())
     log.close()
@@ -173,7 +187,7 @@ def train(
             "device": device.type,
             "threads": setup.threads,
             "steps": step,
-            "steps_planned": steps,
+            "length": [list(part) for part in length.parts],
             "seconds": round(earlier + time.perf_counter() - started, 1),
             "plan": plan.digest(),
         },
@@ -225,12 +239,39 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, images: Ten
     return float(loss.detach())
 
 
-def schedule(step: int, steps: int) -> float:
+@dataclass(frozen=True)
+class Length:
+    """How long a run is. ``parts`` are pairs (step, steps): from that step on it was to have so many
+    steps in all. A run of the same parts has the same learning rate at every step."""
+
+    parts: list[tuple[int, int]]
+
+    @property
+    def steps(self) -> int:
+        return self.parts[-1][1]
+
+    def progress(self, step: int) -> float:
+        """How much of the run lies behind a step, 0 to 1; a correction bends the line, without a jump."""
+        done = 0.0
+        for (first, steps), (following, _) in zip(self.parts, [*self.parts[1:], (step, 0)], strict=True):
+            done += (1 - done) * (min(step, following) - first) / max(1, steps - first)
+            if step <= following:
+                break
+        return done
+
+    def corrected(self, step: int, steps: int) -> Length:
+        """With another number of steps in all, where it differs by more than a tenth of what is left."""
+        if abs(steps - self.steps) <= max(2, 0.1 * (self.steps - step)):
+            return self
+        return Length([*self.parts, (step, steps)])
+
+
+def schedule(progress: float) -> float:
     """Share of the learning rate: a linear warm-up over a twentieth of the run, then a cosine to zero."""
-    warm = max(1, min(200, steps // 20))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    warm = 0.05
+    if progress < warm:
+        return 0.1 + 0.9 * progress / warm
+    return 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
 
 
 def validate(
@@ -269,7 +310,7 @@ def _steps(plan: Plan, setup: Setup, network: nn.Module, batches: Batches, start
         before = time.perf_counter()
         train_step(trial, optimiser, *batches(step))
         seconds.append(time.perf_counter() - before)
-    # Some of the budget goes to validation, checkpoints and logs.
+    # Some of the budget goes to validation and logs.
     left = 0.95 * setup.budget_seconds - (time.perf_counter() - started)
     return max(1, int(left / float(np.median(seconds[_WARM:]))))
 
@@ -293,8 +334,8 @@ def _tensors(network: nn.Module, average: nn.Module, optimiser: torch.optim.Opti
 
 def _resume(
     log: RunLog, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
-) -> tuple[int, float, int | None]:
-    """Load the log's checkpoint, if any; the step, the seconds spent and the number of steps."""
+) -> tuple[int, float, Length | None]:
+    """Load the log's checkpoint, if any; the step, the seconds spent and the run's length."""
     found = log.load()
     if found is None:
         log.rewind(0)
@@ -309,4 +350,4 @@ def _resume(
             slots.setdefault(int(number), {})[key] = tensor
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
     log.rewind(state["step"])
-    return int(state["step"]), float(state["seconds"]), int(state["steps"])
+    return int(state["step"]), float(state["seconds"]), Length([(int(a), int(b)) for a, b in state["length"]])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_two_trainings_never_share_a_gpu_by_accident(tmp_path):
     command = [sys.executable, "-m", "snakemake", "--cores", "3"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
     spans = sorted(tuple(map(float, (tmp_path / f"{i}.txt").read_text().split())) for i in range(3))
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in pairwise(spans))
 
 
 @pytest.mark.parametrize("rule", ["train", "predict"])
