@@ -212,7 +212,11 @@ def _network(
 
 def _training(epochs: int | None) -> Training:
     return Training(
-        learning_rate=Decision(value=2e-3, reason="AdamW with warm-up and cosine decay to zero"),
+        learning_rate=Decision(
+            value=1e-2,
+            reason="AdamW with warm-up and cosine decay to zero; short runs need it high: 200 steps on the brain "
+            "phantom gave Dice 0.54 at 2e-3, 0.78 at 4e-3 and 0.88 at 1e-2",
+        ),
         weight_decay=Decision(value=1e-2, reason="AdamW's own"),
         foreground_share=Decision(value=0.5, reason="half of the patches hold a structure, each one as likely"),
         augmentation=Decision(

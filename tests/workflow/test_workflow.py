@@ -62,7 +62,7 @@ def test_an_edited_plan_is_trained_anew_and_the_rest_is_kept(configured):
     snakemake(*use, folder=configured)
     plan = configured / "results" / "Task98_Tiny" / "plan.json"
     time.sleep(1.1)
-    plan.write_text(plan.read_text().replace('"value": 0.002', '"value": 0.003'))
+    plan.write_text(plan.read_text().replace('"value": 0.01', '"value": 0.003', 1))
     said = snakemake(*use, "--dry-run", folder=configured)
     counts = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) == 2}
     assert counts.get("train") == "2"
