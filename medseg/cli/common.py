@@ -15,6 +15,7 @@ import click
 from medseg.core.errors import InputError
 
 if TYPE_CHECKING:
+    from medseg.core.progress import Progress
     from medseg.dataset.split import Fold
     from medseg.dataset.task import Task
     from medseg.plan.plan import Plan
@@ -76,7 +77,7 @@ def configuration_option(function: F) -> F:
     )(function)
 
 
-def progress(what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+def progress(what: str) -> Progress:
     """Wraps an iteration of known length in a bar, drawn on a terminal only."""
 
     def bar(rows: Iterable[Any], total: int) -> Iterable[Any]:

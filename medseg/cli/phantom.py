@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medseg.cli.common import FOLDER, seed_option
+from medseg.cli.common import FOLDER, progress, seed_option
 
 
 @click.command()
@@ -25,4 +25,4 @@ def phantom(folder: Path, names: tuple[str, ...], cases: int, seed: int) -> None
     from medseg.dataset.phantom import phantom as write_phantom
 
     for name in names or tuple(TASKS):
-        click.echo(write_phantom(folder, name, cases=cases, seed=seed))
+        click.echo(write_phantom(folder, name, cases=cases, seed=seed, progress=progress(name)))

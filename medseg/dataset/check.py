@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
+from medseg.core.progress import Progress, silent
 from medseg.core.provenance import digest
 from medseg.core.volume import Volume
 from medseg.dataset.task import Case, Task, load_image, load_task, require_same_grid
@@ -91,10 +92,7 @@ class CheckReport:
         }
 
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-
-
-def check(folder: Path, *, progress: Progress | None = None) -> CheckReport:
+def check(folder: Path, *, progress: Progress = silent) -> CheckReport:
     """Read every case of a task and say what is wrong with it.
 
     A folder without a readable ``dataset.json`` is checked too, as far as pairing its files by name
@@ -125,11 +123,11 @@ def check(folder: Path, *, progress: Progress | None = None) -> CheckReport:
     return CheckReport(folder.resolve().name, tuple(problems), tuple(rows))
 
 
-def _each(cases: list[Case], function: Callable[[Case], CaseCheck], progress: Progress | None) -> Iterator[CaseCheck]:
+def _each(cases: list[Case], function: Callable[[Case], CaseCheck], progress: Progress) -> Iterator[CaseCheck]:
     # Threads serve: decompression and numpy let go of the interpreter.
     with ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0))))) as pool:
         rows = pool.map(function, cases)
-        yield from progress(rows, len(cases)) if progress else rows
+        yield from progress(rows, len(cases))
 
 
 def _check_case(task: Task | None, case: Case) -> CaseCheck:

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.labels import LabelSet
+from medseg.core.progress import Progress, silent
 from medseg.core.volume import LabelMap, Volume
 from medseg.io.files import new_folder, write_json
 from medseg.io.nifti import write_labels, write_volume
@@ -552,7 +553,7 @@ def truth(task: str, case: int, seed: int, points: ArrayLike) -> NDArray[np.uint
     return _builder(task).scene(case, seed)[0].labels_at(points)
 
 
-def phantom(folder: Path, name: str, *, cases: int = 20, seed: int = 0) -> Path:
+def phantom(folder: Path, name: str, *, cases: int = 20, seed: int = 0, progress: Progress = silent) -> Path:
     """Write a task of ``TASKS`` as Decathlon has them, below ``folder``, and return its folder.
 
     ``cases`` are labelled; the two that follow them in number are not. The same seed gives the same
@@ -568,7 +569,7 @@ def phantom(folder: Path, name: str, *, cases: int = 20, seed: int = 0) -> Path:
     root = new_folder(Path(folder) / builder.folder, holds="dataset.json")
     _clear(root, name)
     files = [f"{name}_{case:03d}.nii.gz" for case in range(cases + UNLABELLED)]
-    for case, file in enumerate(files):
+    for case, file in progress(enumerate(files), len(files)):
         scene, rng = builder.scene(case, seed)
         part = "Tr" if case < cases else "Ts"
         write_volume(root / f"images{part}" / file, Volume(scene.image(rng), scene.grid))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
+from medseg.core.progress import Progress, silent
 from medseg.core.provenance import digest
 from medseg.core.volume import LabelMap, Volume
 from medseg.dataset.task import Case, Task, load_case
@@ -77,12 +77,12 @@ class Fingerprint(Strict):
         return digest(self.model_dump(mode="json"))
 
 
-def fingerprint(task: Task, *, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None) -> Fingerprint:
+def fingerprint(task: Task, *, progress: Progress = silent) -> Fingerprint:
     """Measure every training case. Raises InputError for the first one that is not sound, and where
     no case has a labelled voxel."""
     with ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0))))) as pool:
         measured = pool.map(lambda case: _measure(task, case), task.cases)
-        rows = list(progress(measured, len(task.cases)) if progress else measured)
+        rows = list(progress(measured, len(task.cases)))
     if not any(row.label_mm3 for row, _ in rows):
         raise InputError(f"the label maps of {task.name} are all empty", "Add cases in which something is outlined")
     intensities = []
