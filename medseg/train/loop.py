@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ _CLIP = 12.0
 _EMA = 0.999
 # Timed on a copy of the network before the run, to turn a budget into a number of steps.
 _WARM, _TIMED = 3, 7
-# A budget's number of steps is looked at anew every so many steps, by their median time.
+# A budget's number of steps is looked at anew every so many steps, by the mean time of the last fifth
+# of the steps so far (of so many at least): a long run does not start at every passing disturbance.
 _PACE = 10
 
 
@@ -116,7 +116,7 @@ def train(
     checkpoint = time.perf_counter()
     recent: list[float] = []
     last_dice: float | None = None
-    pace: deque[float] = deque(maxlen=_PACE)
+    pace: list[float] = []
     validation_seconds = 0.0
 
     def save() -> None:
@@ -147,9 +147,10 @@ def train(
 
             pace.append(time.perf_counter() - before)
             seconds = earlier + time.perf_counter() - started
-            if setup.budget_seconds is not None and step % _PACE == 0 and step < length.steps:
+            if setup.budget_seconds is not None and len(pace) % _PACE == 0 and step < length.steps:
                 left = 0.99 * setup.budget_seconds - seconds - validation_seconds
-                length = length.corrected(step, step + max(1, int(left / float(np.median(pace)))))
+                latest = pace[-max(_PACE, len(pace) // 5) :]
+                length = length.corrected(step, step + max(1, int(left / float(np.mean(latest)))))
             ended = step == length.steps
             if step % plan.training.steps_per_epoch == 0 or ended:
                 record: dict[str, Any] = {
