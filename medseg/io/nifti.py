@@ -40,8 +40,9 @@ _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 # Dimensions are 16 bits in NIfTI-1, 64 in NIfTI-2.
 _LONGEST_AXIS = 32767
 # A qform holds three numbers of a unit quaternion in float32, and the fourth is what remains of 1:
-# where it is near 0, so much rounding of its square is much of itself.
-_QUATERNION_ROUNDING = 2.4e-7
+# where it is near 0, so much rounding of its square (three times float32's, as in nibabel) is much
+# of itself.
+_QUATERNION_ROUNDING = 3.6e-7
 _GIVE_ANOTHER = "Copy or export the file again"
 
 
