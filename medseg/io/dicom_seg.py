@@ -7,6 +7,7 @@ nothing are left out of it, so that its own grid may be smaller than the scan's.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -475,12 +476,34 @@ def _labelled(dataset: Dataset, numbers: dict[int, int]) -> Iterator[NDArray[Any
 
 
 def _pixels(dataset: Dataset) -> Iterator[NDArray[Any]]:
+    """The frames (rows, columns) one by one."""
     from pydicom.pixels.utils import iter_pixels
 
+    if int(dataset.BitsAllocated) == 1 and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        yield from _bits(dataset)
+        return
     try:
-        yield from iter_pixels(dataset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield from iter_pixels(dataset)
     except Exception as error:  # noqa: BLE001 decoders raise what a broken stream happens to meet
         raise InputError(f"its pixels cannot be decoded ({type(error).__name__})", _ANOTHER) from None
+
+
+def _bits(dataset: Dataset) -> Iterator[NDArray[Any]]:
+    """Frames of single bits, which follow each other without a gap: a frame may begin inside a byte,
+    where pydicom 3.0's `iter_pixels` fails."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    data = np.frombuffer(dataset.get("PixelData") or b"", dtype=np.uint8)
+    size, frames = rows * columns, int(dataset.NumberOfFrames)
+    if len(data) * 8 < size * frames:
+        raise InputError(
+            f"it is truncated: {size * frames} bits of pixels are said, {len(data) * 8} are there", _ANOTHER
+        )
+    for frame in range(frames):
+        start, end = frame * size, (frame + 1) * size
+        bits = np.unpackbits(data[start // 8 : -(-end // 8)], bitorder="little")
+        yield bits[start % 8 : start % 8 + size].reshape(rows, columns)
 
 
 def _placed(found: LabelMap, onto: Grid) -> LabelMap:
