@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code as DicomCode
+from pydicom.uid import RLELossless
 
 import medseg
 from medseg.core.errors import InputError
@@ -28,13 +30,10 @@ from medseg.core.terminology import PRIVATE, Code, Term, Terminology, default_te
 from medseg.core.volume import LabelMap
 from medseg.io.files import atomic
 from medseg.io.reference import (
-    Plane,
+    LPS,
     Reference,
-    frame_grid,
-    plane_of_frames,
     read_dataset,
     read_reference,
-    require_parallel,
     series_number,
     settled,
     uid_of,
@@ -42,6 +41,8 @@ from medseg.io.reference import (
 
 SOP_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _MOST_SLICES = 20_000
+# Deflated Image Frame Compression, younger than pydicom 3.0.
+_DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 _ANOTHER = "Export the segmentation again"
 
 
@@ -324,7 +325,7 @@ def _read(
     named = _segment_names(dataset)
     wanted = _wanted(named, labels, only)
     numbers = {segment: label.number for segment, label in wanted.items()}
-    planes = plane_of_frames(dataset)
+    planes = _planes_of(dataset)
     if not planes or len(planes) != int(dataset.get("NumberOfFrames") or 1):
         raise InputError(f"{len(planes)} of its frames are described", _ANOTHER)
     grid, places = _sparse_stack(planes, int(dataset.Rows), int(dataset.Columns))
@@ -417,9 +418,96 @@ def _wanted(named: dict[int, Label], labels: LabelSet | None, only: Collection[s
     return {number: known[label.name.casefold()] for number, label in kept.items()}
 
 
+@dataclass(frozen=True)
+class Plane:
+    """Where a frame lies: ImagePositionPatient (mm, LPS), ImageOrientationPatient, PixelSpacing (mm
+    between rows, mm between columns), and the distance to the next slice in mm where it is said."""
+
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
+    spacing: tuple[float, ...]
+    step: float | None = None
+
+    @property
+    def normal(self) -> NDArray[np.float64]:
+        return np.cross(self.orientation[:3], self.orientation[3:])
+
+    @property
+    def depth(self) -> float:
+        """Position along the normal in mm."""
+        return float(np.dot(self.position, self.normal))
+
+
+def _planes_of(dataset: Dataset) -> list[Plane]:
+    """Where each frame of an enhanced multi-frame object lies, from its own functional groups or
+    the shared ones. Raises InputError where one of the three macros is missing."""
+    shared = next(iter(dataset.get("SharedFunctionalGroupsSequence") or []), Dataset())
+    planes = []
+    for frame in dataset.get("PerFrameFunctionalGroupsSequence") or []:
+        position = _macro(frame, shared, "PlanePositionSequence")
+        orientation = _macro(frame, shared, "PlaneOrientationSequence")
+        measures = _macro(frame, shared, "PixelMeasuresSequence")
+        planes.append(_plane(position, orientation, measures))
+    return planes
+
+
+def _macro(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
+    found = frame.get(keyword) or shared.get(keyword)
+    if not found:
+        raise InputError(f"the object does not say where its frames are ({keyword} is missing)", _ANOTHER)
+    return found[0]
+
+
+def _plane(position: Dataset, orientation: Dataset, measures: Dataset) -> Plane:
+    place = _vector(position, "ImagePositionPatient", 3)
+    direction = _vector(orientation, "ImageOrientationPatient", 6)
+    spacing = _vector(measures, "PixelSpacing", 2)
+    if min(spacing) <= 0:
+        raise InputError("an image has a pixel spacing that is not above zero", _ANOTHER)
+    step = None
+    for keyword in ("SpacingBetweenSlices", "SliceThickness"):
+        if step is None and measures.get(keyword):
+            step = abs(float(measures[keyword].value)) or None
+    return Plane(place, direction, spacing, step)
+
+
+def _vector(dataset: Dataset, keyword: str, count: int) -> tuple[float, ...]:
+    try:
+        values = tuple(float(v) for v in dataset[keyword].value)
+    except (KeyError, TypeError, ValueError):
+        values = ()
+    if len(values) != count or not np.isfinite(values).all():
+        raise InputError(f"an image does not say where it is ({keyword} is missing or broken)", _ANOTHER)
+    return values
+
+
+def _require_parallel(planes: Sequence[Plane]) -> None:
+    """InputError unless all planes have the same orientation and pixel spacing, and sound ones."""
+    first = planes[0]
+    for plane in planes:
+        u, v = np.array(plane.orientation[:3]), np.array(plane.orientation[3:])
+        if max(abs(np.linalg.norm(u) - 1), abs(np.linalg.norm(v) - 1), abs(u @ v)) > 1e-3:
+            raise InputError("an image has an invalid orientation", "Its direction cosines must be unit and square")
+        if np.abs(np.subtract(plane.orientation, first.orientation)).max() > 1e-4:
+            raise InputError("the images are not parallel", _ANOTHER)
+        if np.abs(np.subtract(plane.spacing, first.spacing)).max() > 1e-4 * max(first.spacing):
+            raise InputError("the images have different pixel spacings", _ANOTHER)
+
+
+def _frame_grid(first: Plane, step: NDArray[np.float64], shape: tuple[int, int, int]) -> Grid:
+    """The grid of (columns, rows, slices) voxels whose first slice is ``first``, the others
+    following by ``step`` (mm, LPS)."""
+    affine = np.eye(4)
+    affine[:3, 0] = np.array(first.orientation[:3]) * first.spacing[1]
+    affine[:3, 1] = np.array(first.orientation[3:]) * first.spacing[0]
+    affine[:3, 2] = step
+    affine[:3, 3] = first.position
+    return Grid(shape, LPS @ affine)
+
+
 def _sparse_stack(planes: Sequence[Plane], rows: int, columns: int) -> tuple[Grid, list[int]]:
     """The grid of the frames, gaps filled, and the slice on it of each frame."""
-    require_parallel(planes)
+    _require_parallel(planes)
     depths = np.array([plane.depth for plane in planes])
     order = np.argsort(depths, kind="stable")
     distinct = np.concatenate([[True], np.diff(depths[order]) > SAME_GRID_MM / 5])
@@ -436,7 +524,7 @@ def _sparse_stack(planes: Sequence[Plane], rows: int, columns: int) -> tuple[Gri
     wrong = np.array([p.position for p in planes]) - first.position - place[:, None] * along
     if np.linalg.norm(wrong, axis=1).max() > SAME_GRID_MM:
         raise InputError("its frames are not evenly stacked", "Export it on an evenly stacked series")
-    return frame_grid(first, along, (columns, rows, count)), place.tolist()
+    return _frame_grid(first, along, (columns, rows, count)), place.tolist()
 
 
 def _step(levels: NDArray[np.float64], plane: Plane) -> float:
@@ -476,34 +564,61 @@ def _labelled(dataset: Dataset, numbers: dict[int, int]) -> Iterator[NDArray[Any
 
 
 def _pixels(dataset: Dataset) -> Iterator[NDArray[Any]]:
-    """The frames (rows, columns) one by one."""
+    """The frames (rows, columns) one by one.
+
+    Single bits are unpacked here: pydicom 3.0 reads them neither from RLE nor, frame by frame,
+    where a frame begins inside a byte; and it does not know deflated frames.
+    """
+    from pydicom.encaps import generate_frames
     from pydicom.pixels.utils import iter_pixels
 
-    if int(dataset.BitsAllocated) == 1 and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        yield from _bits(dataset)
-        return
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    shape, count = (int(dataset.Rows), int(dataset.Columns)), int(dataset.NumberOfFrames)
+    bits = int(dataset.BitsAllocated)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            yield from iter_pixels(dataset)
+            warnings.simplefilter("ignore")
+            if syntax == _DEFLATED_FRAMES or (syntax == RLELossless and bits == 1):
+                size = -(-shape[0] * shape[1] * bits // 8)
+                unpack = _inflated if syntax == _DEFLATED_FRAMES else _run_lengths
+                for piece in generate_frames(dataset.PixelData, number_of_frames=count):
+                    yield _frame_of(unpack(piece, size), 0, shape, bits)
+            elif bits == 1 and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+                for frame in range(count):
+                    yield _frame_of(dataset.PixelData, frame, shape, bits)
+            else:
+                yield from iter_pixels(dataset)
     except Exception as error:  # noqa: BLE001 decoders raise what a broken stream happens to meet
-        raise InputError(f"its pixels cannot be decoded ({type(error).__name__})", _ANOTHER) from None
+        raise InputError(f"its pixels are cut off or cannot be decoded ({type(error).__name__})", _ANOTHER) from None
 
 
-def _bits(dataset: Dataset) -> Iterator[NDArray[Any]]:
-    """Frames of single bits, which follow each other without a gap: a frame may begin inside a byte,
-    where pydicom 3.0's `iter_pixels` fails."""
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    data = np.frombuffer(dataset.get("PixelData") or b"", dtype=np.uint8)
-    size, frames = rows * columns, int(dataset.NumberOfFrames)
-    if len(data) * 8 < size * frames:
-        raise InputError(
-            f"it is truncated: {size * frames} bits of pixels are said, {len(data) * 8} are there", _ANOTHER
-        )
-    for frame in range(frames):
-        start, end = frame * size, (frame + 1) * size
-        bits = np.unpackbits(data[start // 8 : -(-end // 8)], bitorder="little")
-        yield bits[start % 8 : start % 8 + size].reshape(rows, columns)
+def _frame_of(data: bytes, frame: int, shape: tuple[int, int], bits: int) -> NDArray[Any]:
+    """A frame of native data, in which frames follow each other without a gap."""
+    size = shape[0] * shape[1]
+    if bits > 1:
+        return np.frombuffer(data, dtype=f"<u{bits // 8}", count=size, offset=frame * size * bits // 8).reshape(shape)
+    start, end = frame * size, (frame + 1) * size
+    packed = np.frombuffer(data, dtype=np.uint8)[start // 8 : -(-end // 8)]
+    return np.unpackbits(packed, bitorder="little")[start % 8 : start % 8 + size].reshape(shape)
+
+
+def _inflated(frame: bytes, size: int) -> bytes:
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(frame, size)
+
+
+def _run_lengths(frame: bytes, size: int) -> bytes:
+    """The one segment of an RLE frame (PS3.5 G.3): a count n, then n + 1 bytes as they are, or the
+    next byte 257 - n times."""
+    out, at = bytearray(), int.from_bytes(frame[4:8], "little")
+    while len(out) < size:
+        count = frame[at]
+        if count < 128:
+            out += frame[at + 1 : at + 2 + count]
+            at += 2 + count
+        else:
+            out += frame[at + 1 : at + 2] * (257 - count if count > 128 else 0)
+            at += 2 if count > 128 else 1
+    return bytes(out[:size])
 
 
 def _placed(found: LabelMap, onto: Grid) -> LabelMap:
