@@ -31,6 +31,7 @@ class Job:
 @click.argument("scans", type=FOLDER, nargs=-1, required=True)
 @click.option("-m", "--model", type=FOLDER, required=True, help="The model package, a folder.")
 @click.option("-o", "--output", type=FOLDER, help="File for one scan, or folder.  [default: beside each scan]")
+@click.option("--series", type=click.IntRange(min=1), help="Which DICOM series, by its number in `medseg inspect`.")
 @click.option("--held-out", is_flag=True, help="SCANS is a task: predict the cases that the model was not trained on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @device_option
@@ -39,17 +40,19 @@ def predict(
     scans: tuple[Path, ...],
     model: Path,
     output: Path | None,
+    series: int | None,
     held_out: bool,
     as_json: bool,
     device: str,
     threads: int | None,
 ) -> None:
-    """Segment SCANS: NIfTI files, or folders of them.
+    """Segment SCANS: NIfTI files or folders of them; DICOM files, folders or zips.
 
     Writes scan_seg.nii.gz on the scan's own grid, and scan_seg.json that says how it was made.
+    Where a DICOM folder holds several series, none is guessed: --series chooses.
     A scan that fails does not stop the others.
     """
-    from medseg.core.errors import MedsegError
+    from medseg.core.errors import InputError, MedsegError
     from medseg.io.sidecar import write_index
     from medseg.models.package import load_package
 
@@ -59,11 +62,13 @@ def predict(
     package = load_package(model)
     predictor = Predictor(package, device)
     jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
+    if series is not None and len(jobs) > 1:
+        raise InputError(f"--series {series} for {len(jobs)} scans", "Name one scan with it")
     results: list[dict[str, Any]] = []
     failed: list[tuple[Job, MedsegError]] = []
     for job in progress("predict")(jobs, len(jobs)):
         try:
-            results.append(_one(job, predictor))
+            results.append(_one(job, predictor, series))
         except MedsegError as error:
             failed.append((job, error))
             click.echo(f"medseg: {job.scan.name}: {error}", err=True)
@@ -84,21 +89,23 @@ def predict(
         raise SystemExit(max(error.exit_status for _, error in failed))
 
 
-def _one(job: Job, predictor: Predictor) -> dict[str, Any]:
+def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
     from medseg.core.errors import MedsegError
     from medseg.io.files import write_json
-    from medseg.io.nifti import read_volume, write_labels
+    from medseg.io.nifti import write_labels
+    from medseg.io.scan import read_scan
     from medseg.io.sidecar import require_own, sidecar_of
 
     require_own(job.output)
     try:
-        made = predictor.predict(read_volume(job.scan))
+        volume, notes = read_scan(job.scan, series, progress=progress("read", unit="slice"))
+        made = predictor.predict(volume)
     except (MemoryError, RuntimeError) as error:
         # torch has no type of its own for this where it computes on the CPU.
         if isinstance(error, RuntimeError) and not _SHORT_OF_MEMORY.search(str(error)):
             raise
         raise MedsegError(f"{job.scan.name} needs more memory than there is") from None
-    record = _sidecar(job, made)
+    record = _sidecar(job, made, notes)
     side = sidecar_of(job.output)
     staged = side.with_name(f".{side.name}.new")
     try:
@@ -111,21 +118,20 @@ def _one(job: Job, predictor: Predictor) -> dict[str, Any]:
     return record
 
 
-def _sidecar(job: Job, made: Prediction) -> dict[str, Any]:
-    import hashlib
-
+def _sidecar(job: Job, made: Prediction, notes: tuple[str, ...]) -> dict[str, Any]:
     from medseg.core.provenance import versions
+    from medseg.io.scan import scan_digest
 
     grid = made.label_map.grid
     return {
         "format": 1,
         "scan": job.scan.name,
-        "scan_sha256": hashlib.sha256(job.scan.read_bytes()).hexdigest(),
+        "scan_sha256": scan_digest(job.scan),
         "labels": job.output.name,
         "model": made.model,
         "model_sha256": made.model_digest,
         "organs": [asdict(organ) for organ in made.organs],
-        "warnings": list(made.warnings),
+        "warnings": [*notes, *made.warnings],
         "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()},
         "seconds": round(made.seconds, 3),
         "versions": versions(),
@@ -146,6 +152,7 @@ def _show(record: dict[str, Any]) -> None:
 def _jobs(scans: tuple[Path, ...], output: Path | None) -> list[Job]:
     from medseg.core.errors import InputError
     from medseg.io.nifti import is_nifti, stem
+    from medseg.io.scan import holds_dicom, scan_stem
     from medseg.io.sidecar import SUFFIX
 
     files: list[Path] = []
@@ -156,14 +163,16 @@ def _jobs(scans: tuple[Path, ...], output: Path | None) -> list[Job]:
         if (scan / "dataset.json").exists():
             raise InputError(f"{scan} is a task", "Name its imagesTs or imagesTr, or add --held-out")
         found = sorted(p for p in scan.iterdir() if is_nifti(p) and not stem(p).endswith(SUFFIX))
-        if not found:
-            raise InputError(f"{scan} holds no NIfTI file", "Name a folder of .nii.gz files")
-        files += found
+        if not found and not holds_dicom(scan):
+            raise InputError(
+                f"{scan} holds no NIfTI file and no DICOM", "Name a folder of .nii.gz files or of one patient's DICOM"
+            )
+        files += found or [scan]
     if output and is_nifti(output):
         if len(files) > 1:
             raise InputError(f"{output} is one file for {len(files)} scans", "Name a folder with -o")
-        return [Job(stem(files[0]), files[0], output)]
-    jobs = [Job(stem(f), f, (output or f.parent) / f"{stem(f)}{SUFFIX}.nii.gz") for f in files]
+        return [Job(scan_stem(files[0]), files[0], output)]
+    jobs = [Job(scan_stem(f), f, (output or f.absolute().parent) / f"{scan_stem(f)}{SUFFIX}.nii.gz") for f in files]
     outputs = [job.output for job in jobs]
     if twice := next((o for o in outputs if outputs.count(o) > 1), None):
         raise InputError(f"two scans would both be written to {twice}", "Predict them into different folders")

@@ -7,7 +7,6 @@ missing; the tests hold our geometry beside its.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,6 @@ from medseg.core.resample import resample
 from medseg.core.volume import Volume
 from medseg.io.dicom_grid import Stack, arrange
 from medseg.io.dicom_header import (
-    DIRECTORY,
     PET,
     TAGS,
     Item,
@@ -34,10 +32,11 @@ from medseg.io.dicom_header import (
     kind_of,
     number_of,
     patient_of,
+    quiet,
     require_intensities,
 )
 from medseg.io.dicom_pixels import TruncatedError, stored_values
-from medseg.io.sources import Source, climbs_out, find_sources
+from medseg.io.sources import Source, climbs_out, find_sources, is_dicom
 
 # What may tell apart two slices at one position, in the order in which it is tried.
 _APART = ("component", "type", "echo", "time", "diffusion", "acquisition", "dimensions")
@@ -91,9 +90,7 @@ def find_series(path: Path, *, progress: Progress = silent) -> list[Series]:
     Only headers are read. What cannot be used is listed too, with the reason. Raises InputError
     where there is no DICOM file, for a hostile zip, and for a DICOMDIR that points out of its folder.
     """
-    with warnings.catch_warnings():
-        # pydicom's warnings quote the values that they complain of, and come as late as these are used.
-        warnings.simplefilter("ignore")
+    with quiet():
         return _find(path, progress)
 
 
@@ -107,17 +104,18 @@ def _find(path: Path, progress: Progress) -> list[Series]:
         header = _header(source)
         if header is None:
             continue
-        if header is _DAMAGED:
-            damaged += 1
-            continue
-        if str(header.get("SOPClassUID", "")) == DIRECTORY or "DirectoryRecordSequence" in header:
+        if header is not _DAMAGED and "DirectoryRecordSequence" in header:
             _look_at_directory(source)
             continue
-        key = (str(header.get("SeriesInstanceUID", "")), kind_of(header), str(header.get("SOPClassUID", "")))
-        if len(items[key]) + len(others[key]) == 0 or key[1] != "image":
+        kind = "damaged" if header is _DAMAGED else kind_of(header)
+        if kind == "damaged":
+            damaged += 1
+            continue
+        key = (str(header.get("SeriesInstanceUID", "")), kind, str(header.get("SOPClassUID", "")))
+        if len(items[key]) + len(others[key]) == 0 or kind != "image":
             others[key].append(header)
         sources[key].append(source)
-        if key[1] == "image":
+        if kind == "image":
             try:
                 items[key] += list(items_of(header, source, key))  # all of a file or nothing
             except (ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError):
@@ -125,7 +123,7 @@ def _find(path: Path, progress: Progress) -> list[Series]:
     series = [s for key in sources for s in _series(key, items[key], others[key], sources[key])]
     series.sort(key=lambda s: (s.series_number is None, s.series_number or 0))
     if damaged:
-        problem = InputError(f"{damaged} DICOM files are damaged", "Copy or export them again")
+        problem = InputError(f"{damaged} DICOM files are damaged or have no pixels", "Copy or export them again")
         series.append(Series(0, None, "-", "damaged files", "damaged", damaged, problem))
     if not series:
         raise InputError(f"{path.name} holds no DICOM image", "Name a DICOM file, a folder of them, or a zip")
@@ -150,7 +148,16 @@ def read_series(series: Series, *, progress: Progress = silent) -> Volume:
     width, height, count = stack.grid.shape
     whole = all(f.slope == 1 and f.intercept.is_integer() for f in stack.frames)
     out: NDArray[Any] = np.empty((count, height, width), dtype=np.int16 if whole else np.float32)
-    for place, raw in progress(_pixels(stack), count):
+    with quiet():
+        values = _rescaled(stack, out, whole, progress)
+    volume = Volume(values.transpose(2, 1, 0)[None], stack.grid)
+    return volume if stack.straight is None else _straightened(volume, stack.straight)
+
+
+def _rescaled(stack: Stack, out: NDArray[Any], whole: bool, progress: Progress) -> NDArray[Any]:
+    """``out`` (slices, rows, columns) filled with stored value x slope + intercept; as float32 where
+    whole numbers turn out too large for int16."""
+    for place, raw in progress(_pixels(stack), len(stack.frames)):
         frame = stack.frames[place]
         if whole:
             low, high = int(raw.min()) + int(frame.intercept), int(raw.max()) + int(frame.intercept)
@@ -159,8 +166,7 @@ def read_series(series: Series, *, progress: Progress = silent) -> Volume:
             out[place] = raw.astype(np.int32) + np.int32(frame.intercept) if frame.intercept else raw
         else:
             out[place] = raw * np.float64(frame.slope) + frame.intercept
-    volume = Volume(out.transpose(2, 1, 0)[None], stack.grid)
-    return volume if stack.straight is None else _straightened(volume, stack.straight)
+    return out
 
 
 def read_headers(series: Series) -> list[Any]:
@@ -169,8 +175,7 @@ def read_headers(series: Series) -> list[Any]:
     sources = dict.fromkeys(f.source for f in series.stack.frames) if series.stack else dict.fromkeys(series.sources)
     headers = []
     for source in sources:
-        with source.open() as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with source.open() as file, quiet():
             header = pydicom.dcmread(file, force=True, stop_before_pixels=True)
             for _ in header.iterall():  # values are made when they are used, and would warn of themselves then
                 pass
@@ -201,11 +206,6 @@ def choose(series: Sequence[Series], number: int | None = None) -> Series:
     return volumes[0]
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM files do."""
-    return path.is_file() and _begins(Source(path))
-
-
 def _names(series: Sequence[Series], most: int = 8) -> str:
     names = [f"{s.number} {s.modality} {s.description} ({s.slices} slices)" for s in series]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
@@ -222,25 +222,15 @@ def _beside(path: Path) -> Path:
 _DAMAGED = object()
 
 
-def _begins(source: Source) -> bool:
-    try:
-        with source.open() as file:
-            start = file.read(132)
-    except InputError:
-        return False
-    # Old files begin without preamble, with group 2 or 8 in either byte order.
-    return start[128:] == b"DICM" or start[:3] in (b"\x02\0\0", b"\x08\0\0", b"\0\x08\0", b"\x08\0\x05")
-
-
 def _header(source: Source) -> Any:
     """The header, None for what is no DICOM file, _DAMAGED for one that cannot be read."""
-    if not _begins(source):
+    if not is_dicom(source):
         return None
     with source.open() as file:
         try:
             header = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=list(TAGS))
             # Without a preamble anything may look like DICOM until it is read.
-            return header if len(header) else None
+            return header if len(header) else _DAMAGED if header.preamble else None
         except Exception:  # noqa: BLE001  a damaged file fails in ways that nobody can list
             return _DAMAGED
 
@@ -248,8 +238,7 @@ def _header(source: Source) -> Any:
 def _look_at_directory(source: Source) -> None:
     """Refuse a DICOMDIR one of whose references leads out of its folder. Else it is not needed: the
     files below the folder say themselves what they are."""
-    with source.open() as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with source.open() as file:
         try:
             records = pydicom.dcmread(file, force=True).get("DirectoryRecordSequence") or []
             names = [record.get("ReferencedFileID") or "" for record in records]

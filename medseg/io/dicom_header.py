@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.uid import UID
 
 from medseg.core.errors import InputError
 from medseg.io.dicom_grid import Frame
@@ -39,7 +43,6 @@ _KINDS = {
 }
 # MR localizers seldom say so but in words.
 _LOCALIZER = re.compile(r"\b(locali[sz]er|scout|topogram|surview|scanogram)\b", re.IGNORECASE)
-DIRECTORY = "1.2.840.10008.1.3.10"
 PET = ("1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.130", "1.2.840.10008.5.1.4.1.1.128.1")
 # All that is read of a header; nothing else of a patient ever gets into memory.
 TAGS = [
@@ -79,6 +82,7 @@ TAGS = [
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
     "DimensionIndexSequence",
+    "DirectoryRecordSequence",
 ]
 
 
@@ -92,6 +96,20 @@ class Item:
     apart: dict[str, Any]
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what pydicom warns of and logs to itself: it quotes the values that it complains of."""
+    log = logging.getLogger("pydicom")
+    disabled = log.disabled
+    try:
+        log.disabled = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = disabled
+
+
 def kind_of(header: Any) -> str:
     """ "image", or what the object is instead."""
     sop = str(header.get("SOPClassUID", ""))
@@ -103,9 +121,9 @@ def kind_of(header: Any) -> str:
         return "localizer"
     if any(word.startswith("PROJECTION") for word in types):
         return "projection"
-    if not header.get("Rows") or not header.get("Columns"):
-        return "object without pixels"
-    return "image"
+    if header.get("Rows") and header.get("Columns"):
+        return "image"
+    return "damaged" if UID(sop).name.endswith("Image Storage") else "object without pixels"
 
 
 def items_of(header: Any, source: Source, key: tuple[str, ...]) -> Iterator[Item]:
@@ -257,5 +275,5 @@ def clean(value: Any, header: Any) -> str:
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value or "")).split())[:60]
     secrets = [str(header.get(name) or "") for name in ("PatientID", "PatientBirthDate", "AccessionNumber")]
     secrets += str(header.get("PatientName") or "").replace("^", " ").replace("=", " ").split()
-    told = any(len(s) >= 4 and s.lower() in text.lower() for s in secrets)
+    told = any(len(s) > 2 and re.search(rf"(?<!\w){re.escape(s)}(?!\w)", text, re.IGNORECASE) for s in secrets)
     return "(withheld)" if told else text

@@ -7,7 +7,6 @@ processes that old archives hold, and its decoder of 12-bit JPEG is under the GP
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -36,9 +35,7 @@ def stored_values(source: Source, frames: Iterable[int]) -> Iterator[NDArray[Any
     A native file's frames are read from disk one by one. Raises TruncatedError.
     """
     wanted = list(frames)
-    with source.open() as file, warnings.catch_warnings():
-        # pydicom's warnings quote the values that they complain of.
-        warnings.simplefilter("ignore")
+    with source.open() as file:
         try:
             header = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=_LAYOUT)
             for raw in _decoded(file, header, wanted):

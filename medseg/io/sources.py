@@ -87,9 +87,26 @@ def find_sources(path: Path) -> list[Source]:
         return [Source(p) for p in sorted(found) if not p.name.startswith(".") and p.is_file()]
     if not path.is_file():
         raise InputError(f"{path} is missing", "Name a file, a folder or a zip that is there")
+    return _members(path) if is_zip(path) else [Source(path)]
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file begins as a zip does."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        packed = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
-    return _members(path) if packed else [Source(path)]
+        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def is_dicom(source: Source) -> bool:
+    """Whether a file begins as DICOM does."""
+    try:
+        with source.open() as file:
+            start = file.read(132)
+    except InputError:
+        return False
+    # Old files have no preamble and begin with group 2 or 8, in either byte order.
+    return start[128:] == b"DICM" or start[:3] in (b"\x02\0\0", b"\x08\0\0", b"\0\x08\0", b"\x08\0\x05")
 
 
 def _members(path: Path) -> list[Source]:
