@@ -196,6 +196,8 @@ def choose(series: Sequence[Series], number: int | None = None) -> Series:
         return found
     usable = [s for s in series if s.usable]
     if not usable:
+        if len(series) == 1 and series[0].problem:
+            raise series[0].problem
         reasons = [f"{s.number} {s.description}: {s.problem.fault}" for s in series if s.problem][:4]
         raise InputError(f"no series can be used ({'; '.join(reasons)})", "Look at them with `medseg inspect`")
     if len({s.patient for s in series if s.kind != "damaged"}) > 1:
@@ -219,7 +221,7 @@ def _beside(path: Path) -> Path:
     return path
 
 
-_DAMAGED = object()
+_DAMAGED: Any = object()
 
 
 def _header(source: Source) -> Any:

@@ -426,7 +426,10 @@ def test_two_patients_in_a_folder(dicom_series: Any, tmp_path: Path) -> None:
 
 
 def test_no_candidate_says_why(dicom_series: Any, tmp_path: Path) -> None:
-    dicom_series(tmp_path, change=without("PixelSpacing"))
+    dicom_series(tmp_path / "a", change=without("PixelSpacing"))
+    with pytest.raises(InputError, match="how large its pixels are"):
+        choose(find_series(tmp_path))
+    dicom_series(tmp_path / "b", SeriesNumber=6, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     with pytest.raises(InputError, match=r"no series can be used \(1 Abdomen: 4 of 4 slices.*medseg inspect"):
         choose(find_series(tmp_path))
 
