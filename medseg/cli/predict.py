@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from medseg.cli.channels import ChannelScan, parse_channels, read_channels
 from medseg.cli.common import FOLDER, device_option, progress, table, threads_option, use_cores
 
 if TYPE_CHECKING:
@@ -20,18 +21,24 @@ _SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory
 
 @dataclass(frozen=True)
 class Job:
-    """A scan and where its label map goes."""
+    """A scan (the first, where channels come as several) and where its label map goes."""
 
     name: str
     scan: Path
     output: Path
+    channels: tuple[ChannelScan, ...] = ()
+    align: bool = False
 
 
 @click.command()
-@click.argument("scans", type=FOLDER, nargs=-1, required=True)
+@click.argument("scans", type=FOLDER, nargs=-1)
 @click.option("-m", "--model", type=FOLDER, required=True, help="The model package, a folder.")
 @click.option("-o", "--output", type=FOLDER, help="File for one scan, or folder.  [default: beside each scan]")
 @click.option("--series", type=click.IntRange(min=1), help="Which DICOM series, by its number in `medseg inspect`.")
+@click.option(
+    "--channel", "channels", metavar="NAME=SCAN", multiple=True, help="Instead of SCANS: one channel of one case."
+)
+@click.option("--register", "align", is_flag=True, help="Align the channels to the first one, rigidly.")
 @click.option("--held-out", is_flag=True, help="SCANS is a task: predict the cases that the model was not trained on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @device_option
@@ -41,6 +48,8 @@ def predict(
     model: Path,
     output: Path | None,
     series: int | None,
+    channels: tuple[str, ...],
+    align: bool,
     held_out: bool,
     as_json: bool,
     device: str,
@@ -50,6 +59,9 @@ def predict(
 
     Writes scan_seg.nii.gz on the scan's own grid, and scan_seg.json that says how it was made.
     Where a DICOM folder holds several series, none is guessed: --series chooses.
+    A case whose channels are several scans is named by --channel T2=t2.nii.gz --channel
+    ADC=adc.nii.gz (or ADC=FOLDER#4, the fourth DICOM series); its result lies on the grid of the
+    model's first channel.
     A scan that fails does not stop the others.
     """
     from medseg.core.errors import InputError, MedsegError
@@ -61,7 +73,14 @@ def predict(
 
     package = load_package(model)
     predictor = Predictor(package, device)
-    jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
+    if channels:
+        jobs = [_of_channels(channels, package.plan.channels, align, output, scans or series or held_out)]
+    elif align or not scans:
+        raise InputError(
+            "--register goes with --channel" if align else "no scan is named", "Name SCANS, or each --channel NAME=SCAN"
+        )
+    else:
+        jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
     if series is not None and len(jobs) > 1:
         raise InputError(f"--series {series} for {len(jobs)} scans", "Name one scan with it")
     results: list[dict[str, Any]] = []
@@ -98,7 +117,12 @@ def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
 
     require_own(job.output)
     try:
-        volume, notes = read_scan(job.scan, series, progress=progress("read", unit="slice"))
+        bar = progress("read", unit="slice")
+        parts: list[dict[str, Any]] = []
+        if job.channels:
+            volume, notes, parts = read_channels(job.channels, align=job.align, progress=bar)
+        else:
+            volume, notes = read_scan(job.scan, series, progress=bar)
         made = predictor.predict(volume)
     except (MemoryError, RuntimeError) as error:
         # torch has no type of its own for this where it computes on the CPU.
@@ -106,6 +130,8 @@ def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
             raise
         raise MedsegError(f"{job.scan.name} needs more memory than there is") from None
     record = _sidecar(job, made, notes)
+    if parts:
+        record["channels"] = parts
     side = sidecar_of(job.output)
     staged = side.with_name(f".{side.name}.new")
     try:
@@ -149,7 +175,8 @@ def _show(record: dict[str, Any]) -> None:
         click.echo(f"warning: {warning}")
 
 
-def _jobs(scans: tuple[Path, ...], output: Path | None) -> list[Job]:
+def _jobs(scans: tuple[Path, ...], output: Path | None, *, one: bool = False) -> list[Job]:
+    """What to do for SCANS; with ``one``, a folder is a scan and not a place of several."""
     from medseg.core.errors import InputError
     from medseg.io.nifti import is_nifti, stem
     from medseg.io.scan import holds_dicom, scan_stem
@@ -157,7 +184,7 @@ def _jobs(scans: tuple[Path, ...], output: Path | None) -> list[Job]:
 
     files: list[Path] = []
     for scan in scans:
-        if not scan.is_dir():
+        if one or not scan.is_dir():
             files.append(scan)
             continue
         if (scan / "dataset.json").exists():
@@ -179,6 +206,18 @@ def _jobs(scans: tuple[Path, ...], output: Path | None) -> list[Job]:
     if output:
         _output_folder(output)
     return jobs
+
+
+def _of_channels(
+    options: tuple[str, ...], wanted: tuple[str, ...], align: bool, output: Path | None, other: Any
+) -> Job:
+    from medseg.core.errors import InputError
+
+    if other:
+        raise InputError("--channel names one case", "Leave out SCANS, --series and --held-out")
+    found = parse_channels(options, wanted)
+    (job,) = _jobs((found[0].path,), output, one=True)
+    return replace(job, channels=found, align=align)
 
 
 def _held_out(scans: tuple[Path, ...], output: Path | None, cases: tuple[str, ...]) -> list[Job]:
