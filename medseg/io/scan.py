@@ -52,17 +52,10 @@ def look(path: Path, *, progress: Progress = silent) -> tuple[list[Series], list
     """What a file, a folder with all below it or a zip holds: DICOM series by their headers, image
     files by reading them. Raises InputError for what is missing or hostile."""
     images = [p.path for p in find_sources(path) if p.member is None and _is_image(p.path)]
-    files = [
-        _image_file(p, p.relative_to(path).as_posix() if p != path else p.name) for p in progress(images, len(images))
-    ]
-    if path in images:
+    files = [_image_file(image, path) for image in progress(images, len(images))]
+    if files and not holds_dicom(path):
         return [], files
-    try:
-        return find_series(path, progress=progress), files
-    except InputError:
-        if not files:
-            raise
-        return [], files
+    return find_series(path, progress=progress), files
 
 
 def holds_dicom(path: Path) -> bool:

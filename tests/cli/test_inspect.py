@@ -93,6 +93,9 @@ def test_nothing_usable(medseg: Any, dicom_series: Any, tmp_path: Path) -> None:
     outcome = medseg("inspect", tmp_path)
     assert outcome.status == 2
     assert "refused: series 1: 4 of 4 slices: the file does not say how it lies" in outcome.out
+    image = tmp_path / "x.nii"
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.eye(4)), image)
+    assert medseg("inspect", image).out.splitlines()[2].split() == ["x.nii", "3x4x5", "1x1x1", "RAS", "1", "usable"]
     (tmp_path / "empty").mkdir()
     medseg("inspect", tmp_path / "empty").refused("holds no DICOM image")
     medseg("inspect", tmp_path / "gone").refused("is missing")
