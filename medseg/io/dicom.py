@@ -123,7 +123,7 @@ def _find(path: Path, progress: Progress) -> list[Series]:
     series = [s for key in sources for s in _series(key, items[key], others[key], sources[key])]
     series.sort(key=lambda s: (s.series_number is None, s.series_number or 0))
     if damaged:
-        problem = InputError(f"{damaged} DICOM files are damaged or have no pixels", "Copy or export them again")
+        problem = InputError(f"{damaged} files are damaged or have no pixels", "Copy or export them again")
         series.append(Series(0, None, "-", "damaged files", "damaged", damaged, problem))
     if not series:
         raise InputError(f"{path.name} holds no DICOM image", "Name a DICOM file, a folder of them, or a zip")
@@ -226,8 +226,11 @@ _DAMAGED: Any = object()
 
 def _header(source: Source) -> Any:
     """The header, None for what is no DICOM file, _DAMAGED for one that cannot be read."""
-    if not is_dicom(source):
-        return None
+    try:
+        if not is_dicom(source):
+            return None
+    except InputError:
+        return _DAMAGED
     with source.open() as file:
         try:
             header = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=list(TAGS))

@@ -41,8 +41,10 @@ _KINDS = {
     "1.2.840.10008.5.1.4.1.1.481": "radiotherapy object",
     "1.2.840.10008.5.1.4.1.1.4.2": "spectroscopy",
 }
+# More frames than any scan has are not counted: the number is only the header's word.
+_MOST_FRAMES = 100_000
 # MR localizers seldom say so but in words.
-_LOCALIZER = re.compile(r"\b(locali[sz]er|scout|topogram|surview|scanogram)\b", re.IGNORECASE)
+_LOCALIZER = re.compile(r"(?<![a-z])(locali[sz]er|scout|topogram|surview|scanogram)(?![a-z])", re.IGNORECASE)
 PET = ("1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.130", "1.2.840.10008.5.1.4.1.1.128.1")
 # All that is read of a header; nothing else of a patient ever gets into memory.
 TAGS = [
@@ -142,7 +144,7 @@ def _single(header: Any, source: Source, key: tuple[str, ...]) -> Iterator[Item]
         "acquisition": number_of(header.get("AcquisitionNumber")),
     }
     frames = int(header.get("NumberOfFrames") or 1)
-    for index in range(frames):
+    for index in range(min(frames, _MOST_FRAMES)):
         # Without functional groups the frames of a file do not say where each of them is.
         yield Item(replace(frame, index=index, position=None) if frames > 1 else frame, key, header, apart)
 
@@ -255,6 +257,9 @@ def require_intensities(header: Any) -> tuple[str, ...]:
         raise InputError("its slices are tiled into one picture (a mosaic)", "Export it as enhanced DICOM or NIfTI")
     if header.get("ModalityLUTSequence"):
         raise InputError("its values are given by a table (modality LUT)", "Export it with a rescale slope")
+    plain = not header.get("PerFrameFunctionalGroupsSequence")
+    if plain and str(header.get("Modality")) == "CT" and number_of(header.get("RescaleIntercept")) is None:
+        raise InputError("it does not say how its values become Hounsfield units", "Export it with its rescale slope")
     if int(header.get("BitsAllocated") or 0) not in (8, 16, 32):
         raise InputError(f"it has {header.get('BitsAllocated')} bits a pixel", "Choose a series of intensities")
     if str(header.get("PixelPresentation", "")) in ("COLOR", "MIXED"):

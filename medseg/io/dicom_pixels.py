@@ -61,12 +61,12 @@ def _decoded(file: BinaryIO, header: Any, wanted: list[int]) -> Iterator[NDArray
         dataset = pydicom.dcmread(file, force=True)
         decode = _decoder(syntax)
         pieces = generate_frames(dataset.PixelData, number_of_frames=int(header.get("NumberOfFrames") or 1))
-        last, keep = max(wanted), set(wanted)
-        found = {n: decode(piece) for n, piece in zip(range(last + 1), pieces, strict=False) if n in keep}
+        coded = dict(zip(range(max(wanted) + 1), pieces, strict=False))
         for n in wanted:
-            if n not in found or found[n].shape != (header.Rows, header.Columns):
+            frame = decode(coded[n])
+            if frame.shape != (header.Rows, header.Columns):
                 raise TruncatedError
-            yield found[n]
+            yield frame
         return
     # Without file meta pydicom cannot decode from the file; nor can it seek in a deflated one.
     whole = "TransferSyntaxUID" not in header.file_meta or syntax == DeflatedExplicitVRLittleEndian

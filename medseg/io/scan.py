@@ -12,7 +12,7 @@ from medseg.core.volume import Volume
 from medseg.io.dicom import Series, choose, find_series, read_series
 from medseg.io.itk import is_itk, read_itk_volume
 from medseg.io.nifti import is_nifti, read_volume, stem
-from medseg.io.sources import find_sources, is_dicom, is_zip
+from medseg.io.sources import Source, find_sources, is_dicom, is_zip
 
 # Endings that say no more than what the file is; "CT.1.2.3" ends in a part of its name.
 _ENDINGS = (".dcm", ".dicom", ".ima", ".zip", ".nrrd", ".nhdr", ".mha", ".mhd", ".gz")
@@ -44,7 +44,7 @@ def read_scan(path: Path, series: int | None = None, *, progress: Progress = sil
     found = find_series(path)
     chosen = choose(found, series)
     damaged = sum(s.slices for s in found if s.kind == "damaged")
-    notes = (f"{damaged} damaged DICOM files were left out",) if damaged else ()
+    notes = (f"{damaged} damaged files were left out",) if damaged else ()
     return read_series(chosen, progress=progress), (*notes, *chosen.notes)
 
 
@@ -61,7 +61,7 @@ def look(path: Path, *, progress: Progress = silent) -> tuple[list[Series], list
 def holds_dicom(path: Path) -> bool:
     """Whether a folder has a DICOM file in it or below it, or a file is one or a zip."""
     if path.is_dir():
-        return any(is_dicom(source) for source in find_sources(path))
+        return any(_is_dicom(source) for source in find_sources(path))
     return is_zip(path) or not _is_image(path)
 
 
@@ -80,6 +80,13 @@ def scan_digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     parts = sorted(hashlib.sha256(source.path.read_bytes()).digest() for source in find_sources(path))
     return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _is_dicom(source: Source) -> bool:
+    try:
+        return is_dicom(source)
+    except InputError:
+        return True  # whoever reads it says what is wrong
 
 
 def _is_image(path: Path) -> bool:

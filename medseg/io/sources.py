@@ -99,12 +99,9 @@ def is_zip(path: Path) -> bool:
 
 
 def is_dicom(source: Source) -> bool:
-    """Whether a file begins as DICOM does."""
-    try:
-        with source.open() as file:
-            start = file.read(132)
-    except InputError:
-        return False
+    """Whether a file begins as DICOM does. Raises InputError where it cannot be read."""
+    with source.open() as file:
+        start = file.read(132)
     # Old files have no preamble and begin with group 2 or 8, in either byte order.
     return start[128:] == b"DICM" or start[:3] in (b"\x02\0\0", b"\x08\0\0", b"\0\x08\0", b"\x08\0\x05")
 

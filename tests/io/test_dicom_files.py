@@ -117,7 +117,7 @@ REFUSED = {
     f"{TREE}/77654033/CR1": ("where it is",),
     f"{TREE}/77654033/CR2": ("where it is",),
     f"{TREE}/77654033/CR3": ("where it is",),
-    f"{TREE}/TINY_ALPHA": ("50 DICOM files are damaged or have no pixels",),
+    f"{TREE}/TINY_ALPHA": ("50 files are damaged or have no pixels",),
     f"{SEGS}/24x38x3/nrrd": ("holds no DICOM",),
     f"{SEGS}/24x38x3/seg": ("segmentation",),
     f"{SEGS}/23x38x3/seg": ("segmentation",),
