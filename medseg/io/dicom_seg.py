@@ -7,7 +7,6 @@ nothing are left out of it, so that its own grid may be smaller than the scan's.
 from __future__ import annotations
 
 import io
-import warnings
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,12 @@ from medseg.core.labels import Label, LabelSet
 from medseg.core.resample import resample
 from medseg.core.terminology import PRIVATE, Code, Term, Terminology, default_terminology
 from medseg.core.volume import LabelMap
+from medseg.io.dicom_header import quiet
 from medseg.io.files import atomic
 from medseg.io.reference import (
     LPS,
     Reference,
+    naming,
     read_dataset,
     read_reference,
     series_number,
@@ -68,6 +69,7 @@ class LabelsRead:
     notes: tuple[str, ...] = ()
 
 
+@quiet()
 def write_seg(
     path: Path,
     label_map: LabelMap,
@@ -143,6 +145,7 @@ def write_seg(
         file.write(data.getbuffer())
 
 
+@quiet()
 def read_seg(
     path: Path,
     *,
@@ -165,11 +168,9 @@ def read_seg(
     dataset = read_dataset(path)
     if str(dataset.get("SOPClassUID", "")) not in SOP_CLASSES:
         raise InputError(f"{path.name} is not a DICOM SEG", "Name a segmentation object")
-    try:
+    with naming(path):
         require_same_frame({str(dataset.get("FrameOfReferenceUID", ""))}, frame_of_reference)
         return _read(dataset, path.name, onto, labels, only)
-    except InputError as error:
-        raise InputError(f"in {path.name} {error.fault}", error.remedy) from None
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -331,7 +332,10 @@ def _read(
     grid, places = _sparse_stack(planes, int(dataset.Rows), int(dataset.Columns))
     slices = np.zeros(grid.shape[::-1], dtype=np.min_scalar_type(max(numbers.values(), default=0)))
     clashes: dict[tuple[int, int], int] = {}
-    for place, frame in zip(places, _labelled(dataset, numbers), strict=True):
+    segments = _segments_of_frames(dataset)
+    if len(set(zip(places, segments, strict=True))) < len(places):
+        raise InputError("two frames show one segment at one position", _ANOTHER)
+    for place, frame in zip(places, _labelled(dataset, segments, numbers), strict=True):
         there = slices[place]
         both = (there != 0) & (frame != 0)
         for one, other in {(int(a), int(b)) for a, b in zip(there[both], frame[both], strict=True)}:
@@ -454,7 +458,7 @@ def _planes_of(dataset: Dataset) -> list[Plane]:
 def _macro(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
     found = frame.get(keyword) or shared.get(keyword)
     if not found:
-        raise InputError(f"the object does not say where its frames are ({keyword} is missing)", _ANOTHER)
+        raise InputError(f"the object does not say what its frames are ({keyword} is missing)", _ANOTHER)
     return found[0]
 
 
@@ -541,26 +545,27 @@ def _step(levels: NDArray[np.float64], plane: Plane) -> float:
     return smallest
 
 
-def _labelled(dataset: Dataset, numbers: dict[int, int]) -> Iterator[NDArray[Any]]:
-    """Label numbers (rows, columns) of each frame, 0 where it has none."""
-    kind = str(dataset.get("SegmentationType"))
+def _segments_of_frames(dataset: Dataset) -> list[int]:
+    """The segment that each frame shows; 0 throughout where a frame shows all of them."""
+    groups = dataset.PerFrameFunctionalGroupsSequence
+    if str(dataset.SegmentationType) == "LABELMAP":
+        return [0] * len(groups)
     shared = next(iter(dataset.get("SharedFunctionalGroupsSequence") or []), Dataset())
+    said = [_macro(group, shared, "SegmentIdentificationSequence") for group in groups]
+    return [int(one.ReferencedSegmentNumber) for one in said]
+
+
+def _labelled(dataset: Dataset, segments: Sequence[int], numbers: dict[int, int]) -> Iterator[NDArray[Any]]:
+    """Label numbers (rows, columns) of each frame, 0 where it has none."""
+    kind = str(dataset.SegmentationType)
     half = 1.0 if kind != "FRACTIONAL" else int(dataset.MaximumFractionalValue) / 2
-    table = None
+    table = np.zeros(1 << int(dataset.BitsAllocated), dtype=np.int64)
     if kind == "LABELMAP":
-        table = np.zeros(1 << int(dataset.BitsAllocated), dtype=np.int64)
         for segment, number in numbers.items():
             table[segment] = number
         table[_background(dataset)] = 0
-    for pixels, group in zip(_pixels(dataset), dataset.PerFrameFunctionalGroupsSequence, strict=True):
-        if table is not None:
-            yield table[pixels]
-            continue
-        said = group.get("SegmentIdentificationSequence") or shared.get("SegmentIdentificationSequence")
-        if not said:
-            raise InputError("a frame does not say which segment it shows", _ANOTHER)
-        number = numbers.get(int(said[0].ReferencedSegmentNumber), 0)
-        yield np.where(pixels >= half, number, 0)
+    for pixels, segment in zip(_pixels(dataset), segments, strict=True):
+        yield table[pixels] if kind == "LABELMAP" else np.where(pixels >= half, numbers.get(segment, 0), 0)
 
 
 def _pixels(dataset: Dataset) -> Iterator[NDArray[Any]]:
@@ -576,18 +581,16 @@ def _pixels(dataset: Dataset) -> Iterator[NDArray[Any]]:
     shape, count = (int(dataset.Rows), int(dataset.Columns)), int(dataset.NumberOfFrames)
     bits = int(dataset.BitsAllocated)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if syntax == _DEFLATED_FRAMES or (syntax == RLELossless and bits == 1):
-                size = -(-shape[0] * shape[1] * bits // 8)
-                unpack = _inflated if syntax == _DEFLATED_FRAMES else _run_lengths
-                for piece in generate_frames(dataset.PixelData, number_of_frames=count):
-                    yield _frame_of(unpack(piece, size), 0, shape, bits)
-            elif bits == 1 and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-                for frame in range(count):
-                    yield _frame_of(dataset.PixelData, frame, shape, bits)
-            else:
-                yield from iter_pixels(dataset)
+        if syntax == _DEFLATED_FRAMES or (syntax == RLELossless and bits == 1):
+            size = -(-shape[0] * shape[1] * bits // 8)
+            unpack = _inflated if syntax == _DEFLATED_FRAMES else _run_lengths
+            for piece in generate_frames(dataset.PixelData, number_of_frames=count):
+                yield _frame_of(unpack(piece, size), 0, shape, bits)
+        elif bits == 1 and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            for frame in range(count):
+                yield _frame_of(dataset.PixelData, frame, shape, bits)
+        else:
+            yield from iter_pixels(dataset)
     except Exception as error:  # noqa: BLE001 decoders raise what a broken stream happens to meet
         raise InputError(f"its pixels are cut off or cannot be decoded ({type(error).__name__})", _ANOTHER) from None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
-from medseg.core.errors import InputError
+from medseg.core.errors import InputError, MedsegError
 from medseg.core.grid import Grid
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap
 from medseg.io.dicom import Series, read_headers
 from medseg.io.dicom_grid import Stack, arrange
-from medseg.io.dicom_header import items_of
+from medseg.io.dicom_header import items_of, quiet
 from medseg.io.sources import Source
 
 # DICOM measures towards the patient's left and back (LPS), medseg towards right and front (RAS).
@@ -68,6 +69,7 @@ class Reference:
         return moved.values.transpose(2, 1, 0)
 
 
+@quiet()
 def reference_of(series: Series) -> Reference:
     """What `find_series` found, as a series that labels belong to. Raises InputError for a series
     that is not usable, and for one of several multi-frame files."""
@@ -76,6 +78,7 @@ def reference_of(series: Series) -> Reference:
     return _reference(series.stack, read_headers(series))
 
 
+@quiet()
 def read_reference(sources: Sequence[Dataset | Path]) -> Reference:
     """The headers of a series, from datasets or files (pixels are not read), and its grid.
 
@@ -172,7 +175,8 @@ def _header(source: Dataset | Path) -> Dataset:
 def read_dataset(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     """A DICOM file. Raises InputError where it is missing or none; the text holds no value of it."""
     try:
-        return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
+        with quiet():
+            return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing", "Name a file that is there") from None
     except InvalidDicomError:
@@ -183,6 +187,19 @@ def read_dataset(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
         raise InputError(
             f"{path.name} is a broken DICOM file ({type(error).__name__})", "Export the file again"
         ) from None
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """InputErrors name the file; what else a damaged object leads to becomes one that quotes nothing."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"in {path.name} {error.fault}", error.remedy) from None
+    except (MedsegError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 pydicom reads values when they are used, and then meets anything
+        raise InputError(f"{path.name} is a broken object ({type(error).__name__})", "Export it again") from None
 
 
 def series_number(source: Dataset) -> int:

@@ -22,6 +22,7 @@ from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.terminology import Term, Terminology, default_terminology
 from medseg.core.volume import LabelMap
+from medseg.io.dicom_header import quiet
 from medseg.io.dicom_seg import (
     Algorithm,
     LabelsRead,
@@ -36,7 +37,7 @@ from medseg.io.dicom_seg import (
     require_same_frame,
 )
 from medseg.io.files import atomic
-from medseg.io.reference import LPS, Reference, read_dataset, read_reference, series_number, uid_of
+from medseg.io.reference import LPS, Reference, naming, read_dataset, read_reference, series_number, uid_of
 
 SOP_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
 # A contour this close to a slice (mm) is on it; positions are written with few decimals.
@@ -46,6 +47,7 @@ _ANOTHER = "Export the structure set again"
 Points = NDArray[np.float64]
 
 
+@quiet()
 def write_rtstruct(
     path: Path,
     label_map: LabelMap,
@@ -88,6 +90,7 @@ def write_rtstruct(
         file.write(data.getbuffer())
 
 
+@quiet()
 def read_rtstruct(
     path: Path,
     onto: Grid,
@@ -111,10 +114,8 @@ def read_rtstruct(
     dataset = read_dataset(path)
     if str(dataset.get("SOPClassUID", "")) != SOP_CLASS:
         raise InputError(f"{path.name} is not an RTSTRUCT", "Name a structure set")
-    try:
+    with naming(path):
         return _read(dataset, path.name, onto, labels, only, frame_of_reference)
-    except InputError as error:
-        raise InputError(f"in {path.name} {error.fault}", error.remedy) from None
 
 
 # ---- contours -----------------------------------------------------------------------------------
