@@ -258,7 +258,7 @@ def test_an_oblique_series_with_unequal_pixels(shared_data: Path, tmp_path: Path
     for dataset in datasets:
         dataset.FrameOfReferenceUID = dataset.StudyInstanceUID = dataset.SeriesInstanceUID = "1.2.3"
     grid = read_reference(datasets).grid
-    assert grid.spacing[:2] == (2.5, 3.5)  # between columns, between rows
+    assert grid.spacing[:2] == pytest.approx((2.5, 3.5))  # between columns, between rows
     values = np.zeros(grid.shape, dtype=np.uint8)
     values[60:95, 4:30, 0:2] = 2
     values[70:75, 10:20, 1] = 0
