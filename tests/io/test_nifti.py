@@ -143,6 +143,28 @@ def test_writing_holds_no_second_image(tmp_path: Path, name: str) -> None:
         assert read_volume(tmp_path / name).values.shape == values.shape
 
 
+@pytest.mark.parametrize("dtype", ["u1", "i2", "f4"])
+@pytest.mark.parametrize("what", ["full", "empty", "a corner", "a middle", "one voxel"])
+def test_large_images_of_either_order_are_written_alike(tmp_path: Path, what: str, dtype: str) -> None:
+    """Above the size from which rows are turned by way of a copy."""
+    values = np.zeros((1, 45, 37, 75), dtype=dtype)
+    where = {
+        "full": slice(None),
+        "empty": slice(0, 0),
+        "a corner": (0, slice(3), slice(2), slice(1)),
+        "a middle": (0, slice(11, 30), slice(20, 37), slice(30, 50)),
+        "one voxel": (0, 44, 36, 74),
+    }[what]
+    values[where] = np.random.default_rng(0).integers(1, 100, values[where].shape)
+    grid = Grid(values.shape[1:], np.eye(4))
+    files = []
+    for order in ("C", "F"):
+        write_volume(tmp_path / f"{order}.nii.gz", Volume(values.copy(order=order), grid))  # type: ignore[call-overload]
+        files.append((tmp_path / f"{order}.nii.gz").read_bytes())
+    assert np.array_equal(np.asanyarray(nib.load(tmp_path / "C.nii.gz").dataobj), values[0])
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 def test_the_same_labels_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     labels = LabelMap((REAL % 3).astype(np.uint8), GRID, LABELS)
