@@ -107,19 +107,19 @@ def _find(path: Path, progress: Progress) -> list[Series]:
         if header is not _DAMAGED and "DirectoryRecordSequence" in header:
             _look_at_directory(source)
             continue
-        kind = "damaged" if header is _DAMAGED else kind_of(header)
+        try:
+            kind = "damaged" if header is _DAMAGED else kind_of(header)
+            key = (str(header.get("SeriesInstanceUID", "")), kind, str(header.get("SOPClassUID", "")))
+            frames = list(items_of(header, source, key)) if kind == "image" else []
+        except _STRANGE:
+            kind = "damaged"
         if kind == "damaged":
             damaged += 1
             continue
-        key = (str(header.get("SeriesInstanceUID", "")), kind, str(header.get("SOPClassUID", "")))
-        if len(items[key]) + len(others[key]) == 0 or kind != "image":
+        if kind != "image" or key not in others:
             others[key].append(header)
         sources[key].append(source)
-        if kind == "image":
-            try:
-                items[key] += list(items_of(header, source, key))  # all of a file or nothing
-            except (ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError):
-                damaged += 1
+        items[key] += frames
     series = [s for key in sources for s in _series(key, items[key], others[key], sources[key])]
     series.sort(key=lambda s: (s.series_number is None, s.series_number or 0))
     if damaged:
@@ -221,7 +221,9 @@ def _beside(path: Path) -> Path:
     return path
 
 
-_DAMAGED: Any = object()
+_DAMAGED: Any = pydicom.Dataset()
+# What values of another type or number than the standard's give.
+_STRANGE = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
 
 
 def _header(source: Source) -> Any:
@@ -234,6 +236,8 @@ def _header(source: Source) -> Any:
     with source.open() as file:
         try:
             header = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=list(TAGS))
+            for _ in header.iterall():  # values are made when they are used; what is wrong shows here
+                pass
             # Without a preamble anything may look like DICOM until it is read.
             return header if len(header) else _DAMAGED if header.preamble else None
         except Exception:  # noqa: BLE001  a damaged file fails in ways that nobody can list
@@ -258,7 +262,10 @@ def _look_at_directory(source: Source) -> None:
 def _series(key: tuple[str, ...], items: list[Item], headers: list[Any], sources: list[Source]) -> Iterator[Series]:
     """The parts of one series: one for each stack, and for each of what shares its positions."""
     header = headers[0]
-    numbered = number_of(header.get("SeriesNumber"))
+    try:
+        numbered = number_of(header.get("SeriesNumber"))
+    except _STRANGE:
+        numbered = None
     patients = {patient_of(h) for h in [*headers, *(item.header for item in items)]}
     base = Series(
         0,
@@ -286,13 +293,15 @@ def _series(key: tuple[str, ...], items: list[Item], headers: list[Any], sources
 
 def _part(base: Series, words: tuple[str, ...], items: list[Item]) -> Series:
     base = replace(base, description=" ".join((base.description, *(f"[{w}]" for w in words))))
+    header = items[0].header
     try:
-        header = items[0].header
         notes = require_intensities(header)
         pet = str(header.get("SOPClassUID", "")) in PET
         stack = arrange([item.frame for item in items], own_slopes=pet)
     except InputError as error:
         return replace(base, problem=error)
+    except _STRANGE:
+        return replace(base, problem=InputError("its header is damaged", "Export the series again"))
     return replace(base, stack=stack, notes=(*notes, *stack.notes))
 
 

@@ -150,6 +150,8 @@ def _single(header: Any, source: Source, key: tuple[str, ...]) -> Iterator[Item]
 
 
 def _many(header: Any, groups: Any, source: Source, key: tuple[str, ...]) -> Iterator[Item]:
+    if len(groups) != int(header.get("NumberOfFrames") or 0):
+        raise ValueError("frames without a description, or the other way round")
     shared = (header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
     pointers = [int(d.get("DimensionIndexPointer", 0)) for d in header.get("DimensionIndexSequence") or []]
     # Stack, place in the stack and position are no marks: they say where a frame is.
@@ -212,6 +214,8 @@ def _frame(header: Any, geometry: dict[str, Any], source: Source, index: int) ->
         spacing = None
     thickness = number_of(geometry["thickness"])
     slope, intercept = number_of(geometry["slope"]), number_of(geometry["intercept"])
+    if slope == 0:
+        raise ValueError("a slope of zero leaves nothing of the image")
     return Frame(
         source,
         index,
@@ -235,11 +239,13 @@ def _vector(value: Any, length: int) -> NDArray[np.float64] | None:
 
 
 def number_of(value: Any) -> float | None:
-    """A finite number, or None."""
+    """A number, None where there is none. Raises ValueError or TypeError for what is no finite one."""
     if value is None or not str(value).strip():
         return None
     found = float(value)
-    return found if np.isfinite(found) else None
+    if not np.isfinite(found):
+        raise ValueError("not finite")
+    return found
 
 
 def words_of(value: Any) -> tuple[str, ...]:
