@@ -132,6 +132,19 @@ def write_dicom(
         click.echo(f"note: no SNOMED CT code is known for {', '.join(unknown)}; they got private codes (--terms)")
 
 
+def reference_for(scan: Path, series: int | None, target: str) -> Reference:
+    """The DICOM series that a scan was read from; InputError where it is no DICOM."""
+    from medseg.core.errors import InputError
+    from medseg.io.dicom import choose, find_series
+    from medseg.io.itk import is_itk
+    from medseg.io.nifti import is_nifti
+    from medseg.io.reference import reference_of
+
+    if scan.is_file() and (is_nifti(scan) or is_itk(scan)):
+        raise InputError(f"{target} belongs to a DICOM series, and {scan.name} is none", "Name the DICOM folder")
+    return reference_of(choose(find_series(scan, progress=progress("look", unit="file")), series))
+
+
 def _kind(source: Path) -> str:
     """ "nifti" or "image" for a label map, "DICOM SEG", "RTSTRUCT", or "scan" for a series."""
     from medseg.core.errors import InputError
@@ -168,16 +181,14 @@ def _scan(source: Path, output: Path, series: int | None) -> None:
 
 
 def _where(reference: Path | None, series: int | None, *, dicom: bool) -> Where:
-    from medseg.io.dicom import choose, find_series
     from medseg.io.nifti import is_nifti
-    from medseg.io.reference import reference_of
     from medseg.io.scan import read_scan
 
     if reference is None:
         return Where()
     if not dicom and reference.is_file() and is_nifti(reference):
         return Where(read_scan(reference, series)[0].grid)
-    found = reference_of(choose(find_series(reference, progress=progress("look", unit="file")), series))
+    found = reference_for(reference, series, "DICOM")
     return Where(found.grid, found)
 
 

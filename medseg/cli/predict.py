@@ -12,6 +12,7 @@ import click
 
 from medseg.cli.channels import ChannelScan, parse_channels, read_channels
 from medseg.cli.common import FOLDER, device_option, progress, table, threads_option, use_cores
+from medseg.cli.convert import TARGETS, reference_for, write_dicom
 
 if TYPE_CHECKING:
     from medseg.infer.predict import Prediction, Predictor
@@ -28,12 +29,14 @@ class Job:
     output: Path
     channels: tuple[ChannelScan, ...] = ()
     align: bool = False
+    to: str = "nifti"
 
 
 @click.command()
 @click.argument("scans", type=FOLDER, nargs=-1)
 @click.option("-m", "--model", type=FOLDER, required=True, help="The model package, a folder.")
 @click.option("-o", "--output", type=FOLDER, help="File for one scan, or folder.  [default: beside each scan]")
+@click.option("--to", type=click.Choice(TARGETS), default="nifti", show_default=True, help="DICOM needs DICOM scans.")
 @click.option("--series", type=click.IntRange(min=1), help="Which DICOM series, by its number in `medseg inspect`.")
 @click.option(
     "--channel", "channels", metavar="NAME=SCAN", multiple=True, help="Instead of SCANS: one channel of one case."
@@ -47,6 +50,7 @@ def predict(
     scans: tuple[Path, ...],
     model: Path,
     output: Path | None,
+    to: str,
     series: int | None,
     channels: tuple[str, ...],
     align: bool,
@@ -57,7 +61,8 @@ def predict(
 ) -> None:
     """Segment SCANS: NIfTI files or folders of them; DICOM files, folders or zips.
 
-    Writes scan_seg.nii.gz on the scan's own grid, and scan_seg.json that says how it was made.
+    Writes scan_seg.nii.gz on the scan's own grid, and scan_seg.json that says how it was made; with
+    --to a DICOM SEG or RTSTRUCT of the same patient and study, scan_seg.dcm.
     Where a DICOM folder holds several series, none is guessed: --series chooses.
     A case whose channels are several scans is named by --channel T2=t2.nii.gz --channel
     ADC=adc.nii.gz (or ADC=FOLDER#4, the fourth DICOM series); its result lies on the grid of the
@@ -68,19 +73,21 @@ def predict(
     from medseg.io.sidecar import write_index
     from medseg.models.package import load_package
 
+    if held_out and to != "nifti":
+        raise InputError(f"--held-out goes with NIfTI, not with --to {to}", "Leave out --to")
     use_cores(threads)
     from medseg.infer.predict import Predictor
 
     package = load_package(model)
     predictor = Predictor(package, device)
     if channels:
-        jobs = [_of_channels(channels, package.plan.channels, align, output, scans or series or held_out)]
+        jobs = [_of_channels(channels, package.plan.channels, align, output, scans or series or held_out, to)]
     elif align or not scans:
         raise InputError(
             "--register goes with --channel" if align else "no scan is named", "Name SCANS, or each --channel NAME=SCAN"
         )
     else:
-        jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output)
+        jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output, to)
     if series is not None and len(jobs) > 1:
         raise InputError(f"--series {series} for {len(jobs)} scans", "Name one scan with it")
     results: list[dict[str, Any]] = []
@@ -110,12 +117,16 @@ def predict(
 
 def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
     from medseg.core.errors import MedsegError
+    from medseg.io.dicom_seg import Algorithm
     from medseg.io.files import write_json
     from medseg.io.nifti import write_labels
     from medseg.io.scan import read_scan
     from medseg.io.sidecar import require_own, sidecar_of
 
     require_own(job.output)
+    # Before the work, so that what cannot be referred to is refused at once.
+    chosen = job.channels[0].series if job.channels else series
+    reference = None if job.to == "nifti" else reference_for(job.scan, chosen, job.to)
     try:
         bar = progress("read", unit="slice")
         parts: list[dict[str, Any]] = []
@@ -137,7 +148,10 @@ def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
     try:
         # Where the disk is full neither takes the place of an earlier one.
         write_json(staged, record)
-        write_labels(job.output, made.label_map)
+        if reference is None:
+            write_labels(job.output, made.label_map)
+        else:
+            write_dicom(job.output, made.label_map, reference, Algorithm.of_model(made.model), job.to)
         staged.replace(side)
     finally:
         staged.unlink(missing_ok=True)
@@ -175,7 +189,7 @@ def _show(record: dict[str, Any]) -> None:
         click.echo(f"warning: {warning}")
 
 
-def _jobs(scans: tuple[Path, ...], output: Path | None, *, one: bool = False) -> list[Job]:
+def _jobs(scans: tuple[Path, ...], output: Path | None, to: str, *, one: bool = False) -> list[Job]:
     """What to do for SCANS; with ``one``, a folder is a scan and not a place of several."""
     from medseg.core.errors import InputError
     from medseg.io.nifti import is_nifti, stem
@@ -195,11 +209,16 @@ def _jobs(scans: tuple[Path, ...], output: Path | None, *, one: bool = False) ->
                 f"{scan} holds no NIfTI file and no DICOM", "Name a folder of .nii.gz files or of one patient's DICOM"
             )
         files += found or [scan]
-    if output and is_nifti(output):
+    ending = ".nii.gz" if to == "nifti" else ".dcm"
+    if output and (is_nifti(output) or output.suffix == ".dcm"):
         if len(files) > 1:
             raise InputError(f"{output} is one file for {len(files)} scans", "Name a folder with -o")
-        return [Job(scan_stem(files[0]), files[0], output)]
-    jobs = [Job(scan_stem(f), f, (output or f.absolute().parent) / f"{scan_stem(f)}{SUFFIX}.nii.gz") for f in files]
+        if is_nifti(output) != (to == "nifti"):
+            raise InputError(f"{output.name} is no name for {to}", f"Let it end in {ending}, or name another --to")
+        return [Job(scan_stem(files[0]), files[0], output, to=to)]
+    jobs = [
+        Job(scan_stem(f), f, (output or f.absolute().parent) / f"{scan_stem(f)}{SUFFIX}{ending}", to=to) for f in files
+    ]
     outputs = [job.output for job in jobs]
     if twice := next((o for o in outputs if outputs.count(o) > 1), None):
         raise InputError(f"two scans would both be written to {twice}", "Predict them into different folders")
@@ -209,14 +228,14 @@ def _jobs(scans: tuple[Path, ...], output: Path | None, *, one: bool = False) ->
 
 
 def _of_channels(
-    options: tuple[str, ...], wanted: tuple[str, ...], align: bool, output: Path | None, other: Any
+    options: tuple[str, ...], wanted: tuple[str, ...], align: bool, output: Path | None, other: Any, to: str
 ) -> Job:
     from medseg.core.errors import InputError
 
     if other:
         raise InputError("--channel names one case", "Leave out SCANS, --series and --held-out")
     found = parse_channels(options, wanted)
-    (job,) = _jobs((found[0].path,), output, one=True)
+    (job,) = _jobs((found[0].path,), output, to, one=True)
     return replace(job, channels=found, align=align)
 
 
