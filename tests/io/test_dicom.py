@@ -531,3 +531,26 @@ def test_a_dicomdir_that_points_out(dicom_series: Any, tmp_path: Path, file: Any
     for path in (tmp_path, tmp_path / "DICOMDIR"):
         with pytest.raises(InputError, match="points out of its folder"):
             find_series(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_bytes_are_refused_or_read_and_never_a_traceback(dicom_series: Any, tmp_path: Path, seed: int) -> None:
+    (path,) = dicom_series(tmp_path / "made", shape=(6, 5, 1))
+    sound = path.read_bytes()
+    draw = random.Random(seed)
+    spoilt = tmp_path / "spoilt"
+    for _ in range(100):
+        data = bytearray(sound)
+        for _ in range(draw.choice([1, 3, 10])):
+            data[draw.randrange(len(data))] = draw.choice([0, 255, draw.randrange(256)])
+        spoilt.write_bytes(data[: draw.choice([len(data), len(data), draw.randrange(len(data))])])
+        try:
+            read_scan(spoilt)
+        except InputError as error:
+            assert not any(secret in str(error) for secret in SECRETS)  # noqa: PT017
+
+
+def test_frames_that_are_not_described(tmp_path: Path) -> None:
+    frames = [{"position": [0, 0, 3.0 * k]} for k in range(3)]
+    enhanced(tmp_path / "mr", frames, np.zeros((3, 6, 4)), NumberOfFrames=4)
+    assert only(tmp_path / "mr").kind == "damaged"

@@ -3,6 +3,9 @@ geometry as an independent reader."""
 
 from __future__ import annotations
 
+import gzip
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import SimpleITK
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
+from medseg.core.resample import resample
 from medseg.io.dicom import choose, find_series, read_headers, read_series
 from medseg.io.dicom_header import quiet
 
@@ -295,6 +299,49 @@ def test_highdicom_sees_the_same(shared_data: Path, path: str) -> None:
         grid, values = _turned(grid), values[:, :, ::-1]
     assert volume.grid.matches(grid, 1e-2)
     np.testing.assert_allclose(volume.values[0], values, atol=1e-3)
+
+
+PHILIPS = "dicom-mr-enhanced-philips"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"{PHILIPS}/1901_WIP_3DpCASL_real.dcm.gz",
+        f"{PHILIPS}/1903_WIP_SOURCE_-_3DpCASL.dcm.gz",
+        f"{PHILIPS}/2001_WIP_fcMRI_Field_Mapping_e2_phMag.dcm.gz",
+        "nifti-awkward/nibabel-nicom-dicom/philips_mprage.dcm.gz",
+        "totalsegmentator-reference/example_ct_dicom",
+        "dicom-mr-sagittal-siemens",
+    ],
+)
+def test_dcm2niix_sees_the_same(shared_data: Path, tmp_path: Path, path: str) -> None:
+    """Each of our volumes is one of its volumes, and every one of its is ours."""
+    program = shutil.which("dcm2niix")
+    if program is None:
+        pytest.skip("dcm2niix is not installed")
+    source = shared_data / path
+    if path.endswith(".gz"):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "scan.dcm").write_bytes(gzip.decompress(source.read_bytes()))
+        source = tmp_path / "in"
+    (tmp_path / "out").mkdir()
+    # -p n: scaled by the standard's Rescale Slope, not by a private one.
+    options = ["-z", "n", "-b", "n", "-p", "n", "-o", str(tmp_path / "out")]
+    subprocess.run([program, *options, str(source)], check=True, capture_output=True)
+    theirs = []
+    for file in sorted((tmp_path / "out").glob("*.nii")):
+        image = nib.load(file)
+        values = image.get_fdata().reshape((*image.shape[:3], -1))
+        theirs += [(Grid(image.shape[:3], image.affine), values[..., i]) for i in range(values.shape[3])]
+    ours = [read_series(s) for s in find_series(shared_data / path) if s.usable]
+    assert len(ours) == len(theirs)
+    for volume in ours:
+        grid = theirs[0][0]
+        assert grid.reoriented().matches(volume.grid.reoriented(), 1e-3)
+        turned = resample(volume, grid).values[0]
+        equal = [np.allclose(turned, values, atol=1e-6 * max(1, np.abs(values).max())) for _, values in theirs]
+        assert sum(equal) == 1
 
 
 def test_the_mask_made_from_a_series_lies_on_it(shared_data: Path) -> None:
