@@ -160,3 +160,64 @@ def small_plan(
 def small_plan_fixture() -> Callable[..., Any]:
     """`small_plan`, likewise."""
     return small_plan
+
+
+def dicom_series(
+    folder: Path,
+    *,
+    values: Any = None,
+    shape: tuple[int, int, int] = (6, 5, 4),
+    spacing: Sequence[float] = (1.0, 1.0, 2.0),
+    rows: Sequence[float] = (1, 0, 0),
+    columns: Sequence[float] = (0, 1, 0),
+    first: Sequence[float] = (0, 0, 0),
+    step: Sequence[float] | None = None,
+    change: Callable[[Any, int], None] = lambda dataset, k: None,
+    name: Callable[[int], str] = "{}.dcm".format,
+    **attributes: Any,
+) -> list[Path]:
+    """Write a CT series of one slice a file. ``shape`` and ``spacing`` (mm) are along columns of a
+    slice, rows, slices; the directions and ``first`` are LPS; ``step`` takes the place of the
+    normal times the last spacing. ``values`` (columns, rows, slices) are stored as int16 and come
+    to HU by 1, -1000. ``change`` may spoil slice k."""
+    import pydicom
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    values = np.zeros(shape, dtype=np.int16) if values is None else np.asarray(values, dtype=np.int16)
+    normal = np.cross(rows, columns) * spacing[2] if step is None else np.asarray(step)
+    study, series = generate_uid(), generate_uid()
+    paths = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(values.shape[2]):
+        dataset = pydicom.Dataset()
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, series
+        dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = "Roe^Richarda", "ID-471199", "19031224"
+        dataset.AccessionNumber = "ACC-771177"
+        dataset.Modality, dataset.SeriesNumber, dataset.InstanceNumber = "CT", 5, k + 1
+        dataset.SeriesDescription = "Abdomen"
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        dataset.Columns, dataset.Rows = values.shape[:2]
+        dataset.PixelSpacing = [spacing[1], spacing[0]]
+        dataset.SliceThickness = spacing[2]
+        dataset.ImageOrientationPatient = [*rows, *columns]
+        dataset.ImagePositionPatient = [round(float(v), 6) for v in np.asarray(first) + k * normal]
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1000
+        dataset.PixelData = values[:, :, k].T.tobytes()
+        for keyword, value in attributes.items():
+            setattr(dataset, keyword, value)
+        change(dataset, k)
+        paths.append(folder / name(k))
+        dataset.save_as(paths[-1], enforce_file_format=True)
+    return paths
+
+
+@pytest.fixture(scope="session", name="dicom_series")
+def dicom_series_fixture() -> Callable[..., list[Path]]:
+    """`dicom_series`, likewise."""
+    return dicom_series

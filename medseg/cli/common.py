@@ -77,13 +77,13 @@ def configuration_option(function: F) -> F:
     )(function)
 
 
-def progress(what: str) -> Progress:
+def progress(what: str, unit: str = "case") -> Progress:
     """Wraps an iteration of known length in a bar, drawn on a terminal only."""
 
     def bar(rows: Iterable[Any], total: int) -> Iterable[Any]:
         from tqdm import tqdm
 
-        return tqdm(rows, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False, unit="case")
+        return tqdm(rows, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False, unit=unit)
 
     return bar
 

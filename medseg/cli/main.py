@@ -10,7 +10,9 @@ import click
 
 from medseg import __version__
 from medseg.cli.check import check
+from medseg.cli.convert import convert
 from medseg.cli.evaluate import evaluate
+from medseg.cli.inspect import inspect
 from medseg.cli.phantom import phantom
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
@@ -26,7 +28,7 @@ def cli() -> None:
     """Medical volume segmentation.
 
     \b
-    A scan in, a label map out:   predict
+    A scan in, a label map out:   inspect, predict, convert
     A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, report
     Data with known truth:        phantom
 
@@ -34,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (check, plan, preprocess, train, predict, evaluate, report, phantom):
+for command in (inspect, convert, check, plan, preprocess, train, predict, evaluate, report, phantom):
     cli.add_command(command)
 
 

@@ -6,8 +6,10 @@ The header is read by nibabel; nothing is allocated before its dimensions agree 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +26,8 @@ from medseg.io.files import atomic
 SUFFIXES = (".nii.gz", ".nii")
 _HEADER_BYTES = 540 + 4
 _CHUNK = 1 << 20
+# Voxels treated at one time, where a whole image's worth of temporaries would be too many.
+_AT_ONCE = 1 << 22
 # isal's type stub takes the second class for an instance of it.
 _NOT_SOUND_GZIP: tuple[type[Exception], ...] = (igzip.BadGzipFile, igzip_lib.IsalError)  # type: ignore[assignment]
 # Deflate packs no more than 1032 bytes into one, so a small file cannot hold a large image.
@@ -32,6 +36,16 @@ _DEFLATE_RATIO = 1032
 _LARGEST_OFFSET = 1 << 26
 # Whole numbers beyond this are no labels (and floats skip some of them).
 _LARGEST_LABEL = 1 << 53
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
+# Dimensions are 16 bits in NIfTI-1, 64 in NIfTI-2.
+_LONGEST_AXIS = 32767
+# A qform holds three numbers of a unit quaternion in float32, and the fourth is what remains of 1:
+# where it is near 0, so much rounding of its square (three times float32's, as in nibabel) is much
+# of itself.
+_QUATERNION_ROUNDING = 3.6e-7
+# Smaller images are turned as they are; larger ones with so many voxels between the rows.
+_TURNED_AT_ONCE = 1 << 16
+_PADDING = 64
 _GIVE_ANOTHER = "Copy or export the file again"
 
 
@@ -53,17 +67,41 @@ def read_volume(path: Path) -> Volume:
 
     The fourth dimension of a NIfTI file is taken as channels. Raises InputError for a file that is
     missing, empty, truncated, corrupt, not NIfTI, not 3-D or 4-D, complex or coloured, not in
-    millimetres, or whose sform and qform disagree, and for voxels that are NaN or infinite.
+    millimetres, or whose sform and qform disagree, and for voxels that are NaN, infinite or beyond
+    float32. Takes little more memory than the image, or 1.5 times it where 16 bits are scaled.
     """
     values, grid = _read(path)
-    if np.issubdtype(values.dtype, np.floating):
-        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-        if bad:
-            raise InputError(
-                f"{path.name} has {bad} voxels that are NaN or infinite",
-                "Find out what they stand for and replace them",
-            )
+    require_finite(values, path.name)
     return Volume(values, grid)
+
+
+def require_finite(values: NDArray[Any], name: str) -> None:
+    """InputError, with their number, where voxels (C, X, Y, Z) are NaN or infinite, or would be in
+    float32, in which everything is computed."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return
+    strange = beyond = 0
+    for part in _parts(values):
+        finite = np.isfinite(part)
+        strange += part.size - int(np.count_nonzero(finite))
+        if values.dtype.itemsize > 4:
+            beyond += int(np.count_nonzero(finite & (np.abs(part) > _LARGEST_FLOAT)))
+    for count, what in ((strange, "are NaN or infinite"), (beyond, "are too large for float32")):
+        if count:
+            raise InputError(f"{name} has {count} voxels that {what}", "Find out what they stand for and replace them")
+
+
+def _slices(voxels: int) -> int:
+    """How many slices of so many voxels are treated at one time."""
+    return max(1, min(32, _AT_ONCE // voxels))
+
+
+def _parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Views of an image (C, X, Y, Z), some slices at a time."""
+    slices = _slices(values.shape[1] * values.shape[2])
+    for channel in values:
+        for first in range(0, values.shape[3], slices):
+            yield channel[:, :, first : first + slices]
 
 
 def read_labels(path: Path, labels: LabelSet) -> LabelMap:
@@ -73,14 +111,23 @@ def read_labels(path: Path, labels: LabelSet) -> LabelMap:
     ``labels`` does not list.
     """
     values, grid = read_raw_labels(path)
+    return listed(values, grid, labels, path.name)
+
+
+def listed(values: NDArray[Any], grid: Grid, labels: LabelSet, name: str) -> LabelMap:
+    """Integers (X, Y, Z) as a label map of the smallest unsigned type; InputError where ``labels``
+    does not list one of them."""
     known = np.array([0, *labels.numbers])
-    strange = np.setdiff1d(np.unique(values), known)
-    if len(strange):
+    found: set[int] = set()
+    for part in _parts(values[None]):
+        found.update(np.unique(part).tolist())
+    strange = sorted(found - set(known.tolist()))
+    if strange:
         raise InputError(
-            f"{path.name} has the value {', '.join(str(v) for v in strange[:5])}, which is not listed",
+            f"{name} has the value {', '.join(str(v) for v in strange[:5])}, which is not listed",
             f"Correct the labels or add it to dataset.json (known: 0 background, {labels})",
         )
-    return LabelMap(values.astype(np.min_scalar_type(known.max())), grid, labels)
+    return LabelMap(values.astype(np.min_scalar_type(known.max()), copy=False), grid, labels)
 
 
 def read_raw_labels(path: Path) -> tuple[NDArray[Any], Grid]:
@@ -95,35 +142,96 @@ def whole_numbers(values: NDArray[Any], name: str) -> NDArray[Any]:
     """Integers from a label array of any type; InputError where a value is none."""
     if np.issubdtype(values.dtype, np.integer):
         return values
-    if not (np.isfinite(values).all() and (values == np.rint(values)).all() and np.abs(values).max() < _LARGEST_LABEL):
-        raise InputError(f"{name} has label values that are not whole numbers", "Save the labels as integers")
-    return values.astype(np.int64)
+    largest = 0.0
+    for part in _parts(values.reshape(1, *values.shape)):
+        if not np.isfinite(part).all() or (part != np.rint(part)).any() or np.abs(part).max() >= _LARGEST_LABEL:
+            raise InputError(f"{name} has label values that are not whole numbers", "Save the labels as integers")
+        largest = max(largest, float(np.abs(part).max()))
+    return values.astype(np.int32 if largest < 1 << 31 else np.int64)
 
 
 def write_labels(path: Path, label_map: LabelMap) -> None:
-    """Write labels as NIfTI-1 with sform and qform, compressed where the name ends in .gz.
+    """Write labels as NIfTI-1 with sform and qform (NIfTI-2 where an axis is longer than 32767
+    voxels), compressed where the name ends in .gz.
 
     The same labels give the same bytes. Atomic.
     """
-    _write(path, label_map.values, label_map.grid)
+    _write(path, label_map.values[None], label_map.grid)
 
 
 def write_volume(path: Path, volume: Volume) -> None:
-    """Write intensities as NIfTI-1, channels last as NIfTI has them. Atomic, as `write_labels`."""
-    values = volume.values[0] if volume.channels == 1 else np.moveaxis(volume.values, 0, -1)
-    _write(path, values, volume.grid)
+    """Write intensities, channels last as NIfTI has them. Otherwise as `write_labels`."""
+    _write(path, volume.values, volume.grid)
 
 
 def _write(path: Path, values: NDArray[Any], grid: Grid) -> None:
+    """Values (C, X, Y, Z), a few slices at a time, so that no second image is held."""
     if values.dtype in (np.int64, np.uint64):
         raise TypeError(f"NIfTI readers disagree on {values.dtype}; convert to a smaller type first")
-    image = nib.Nifti1Image(values, grid.affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(grid.affine, code=1)
-    image.set_qform(grid.affine, code=1, strip_shears=True)
-    data = image.to_bytes()
+    header = _header_of(values, grid)
     with atomic(path) as file:
-        file.write(igzip.compress(data, 1, mtime=0) if path.name.endswith(".gz") else data)
+        if path.name.endswith(".gz"):
+            # Neither name nor time, so that the same image gives the same bytes.
+            with igzip.IGzipFile("", "wb", 1, file, mtime=0) as packed:
+                _write_to(packed, header, values)
+        else:
+            _write_to(file, header, values)
+
+
+def _header_of(values: NDArray[Any], grid: Grid) -> bytes:
+    kind = nib.Nifti2Header if max(values.shape) > _LONGEST_AXIS else nib.Nifti1Header
+    header = kind(endianness="<")
+    header.set_data_dtype(values.dtype)
+    header.set_data_shape(grid.shape if len(values) == 1 else (*grid.shape, len(values)))
+    header.set_xyzt_units("mm")
+    header.set_sform(grid.affine, code=1)
+    header.set_qform(grid.affine, code=1, strip_shears=True)
+    header.set_slope_inter(1, 0)
+    # No extensions: four zeros stand between header and voxels.
+    header["vox_offset"] = int(header["sizeof_hdr"]) + 4
+    return bytes(header.binaryblock) + bytes(4)
+
+
+def _write_to(file: Any, header: bytes, values: NDArray[Any]) -> None:
+    file.write(header)
+    dtype = values.dtype.newbyteorder("<")
+    for channel in values:
+        if channel.flags.c_contiguous and channel.size > _TURNED_AT_ONCE:
+            parts = _turned(channel)
+        else:
+            parts = (part.ravel(order="F") for part in _parts(channel[None]))
+        for part in parts:
+            file.write(part.astype(dtype, copy=False).data)
+
+
+def _turned(channel: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """An image (X, Y, Z) whose z varies fastest, as (Z, Y, X), some slices at a time.
+
+    Read straight across, the voxels of a row lie some power of two apart and push each other out of
+    the processor's cache, which takes six times as long as this does by way of a copy in which they
+    lie otherwise. What is zero all around, as in most label maps, is left out.
+    """
+    x, y, z = channel.shape
+    slices = _slices(x * y)
+    filled_x = _span(np.asarray(channel.any(axis=(1, 2))))
+    filled_y = np.asarray(channel.any(axis=0))
+    for first in range(0, z, slices):
+        part = channel[:, :, first : first + slices]
+        out = np.zeros((part.shape[2], y, x), dtype=channel.dtype)
+        where = (filled_x, _span(np.asarray(filled_y[:, first : first + slices].any(axis=1))))
+        box = part[where]
+        if box.size:
+            row = box.shape[1] * box.shape[2]
+            loose = np.empty((box.shape[0], row + _PADDING), dtype=channel.dtype)[:, :row].reshape(box.shape)
+            loose[...] = box
+            out[:, where[1], where[0]] = loose.transpose(2, 1, 0)
+        yield out
+
+
+def _span(filled: NDArray[np.bool_]) -> slice:
+    """From the first to the last that is true."""
+    hit = np.flatnonzero(filled)
+    return slice(int(hit[0]), int(hit[-1]) + 1) if len(hit) else slice(0, 0)
 
 
 def _read(path: Path) -> tuple[NDArray[Any], Grid]:
@@ -132,19 +240,32 @@ def _read(path: Path) -> tuple[NDArray[Any], Grid]:
     header = _header(data, path.name)
     shape, dtype, offset = _layout(header, path.name)
     grid = _grid(header, shape[:3], path.name)
-    raw = np.frombuffer(data, dtype=dtype, count=int(np.prod(shape)), offset=offset).reshape(shape, order="F")
-    values = np.moveaxis(raw, 3, 0)
+    raw = np.frombuffer(data, dtype=dtype, count=int(np.prod(shape)), offset=offset)
+    if not dtype.isnative:
+        raw = raw.byteswap(inplace=True).view(dtype.newbyteorder("="))
     try:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
         raise InputError(f"{path.name} has an invalid scaling ({error})", _GIVE_ANOTHER) from None
     if slope not in (None, 1.0) or intercept not in (None, 0.0):
-        with np.errstate(over="ignore"):  # infinite values are reported by whoever asked for them
-            return np.asarray(values * np.float64(slope or 1) + np.float64(intercept or 0), dtype=np.float32), grid
-    return values.astype(dtype.newbyteorder("="), copy=False), grid
+        raw = _scaled(raw, float(slope or 1), float(intercept or 0))
+    return np.moveaxis(raw.reshape(shape, order="F"), 3, 0), grid
 
 
-def _bytes(path: Path) -> bytearray:
+def _scaled(raw: NDArray[Any], slope: float, intercept: float) -> NDArray[np.float32]:
+    """Voxels (n,) computed in double precision, some at a time, and kept in single, in their own
+    place where they are no smaller."""
+    count = len(raw)
+    out = raw.view(np.float32)[:count] if raw.itemsize >= 4 else np.empty(count, dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever asked for the values counts what is infinite
+        for first in range(0, count, _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            # A result ends no later than the voxel it comes from, so that none is lost.
+            out[part] = raw[part] * np.float64(slope) + np.float64(intercept)
+    return out
+
+
+def _bytes(path: Path) -> NDArray[np.uint8]:
     """The header and as many bytes as it declares, and no more, so that a gzip bomb stops there."""
     try:
         with path.open("rb") as file:
@@ -171,31 +292,35 @@ def _bytes(path: Path) -> bytearray:
         raise InputError(f"{path.name} cannot be read ({error.strerror or error})", _GIVE_ANOTHER) from None
 
 
-def _declared(stream: BinaryIO, most: int, name: str) -> bytearray:
+def _declared(stream: BufferedIOBase, most: int, name: str) -> NDArray[np.uint8]:
     """Read what the header declares; ``most`` is the number of bytes that there can be."""
-    data = bytearray(stream.read(_HEADER_BYTES))
-    shape, dtype, offset = _layout(_header(data, name), name)
+    start = np.frombuffer(stream.read(_HEADER_BYTES), dtype=np.uint8)
+    shape, dtype, offset = _layout(_header(start, name), name)
     wanted = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
     if wanted > most:
         raise InputError(
             f"{name} is truncated: its header promises {wanted} bytes, the file holds {most} at most", _GIVE_ANOTHER
         )
-    while len(data) < wanted:
-        chunk = stream.read(min(wanted - len(data), _CHUNK))
-        if not chunk:
+    # Pages that are not written to take no memory, so that a promise costs nothing until it is kept.
+    data = np.empty(wanted, dtype=np.uint8)
+    filled = min(len(start), wanted)
+    data[:filled] = start[:filled]
+    while filled < wanted:
+        count = stream.readinto(data[filled : filled + _CHUNK].data)
+        if not count:
             raise InputError(
-                f"{name} is truncated: its header promises {wanted} bytes, the file has {len(data)}", _GIVE_ANOTHER
+                f"{name} is truncated: its header promises {wanted} bytes, the file has {filled}", _GIVE_ANOTHER
             )
-        data += chunk
+        filled += count
     return data
 
 
-def _header(data: bytearray, name: str) -> Any:
+def _header(data: NDArray[np.uint8], name: str) -> Any:
     kinds = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
     for order in ("<", ">"):
-        size = int(np.frombuffer(data[:4].ljust(4, b"\0"), dtype=f"{order}i4")[0])
+        size = int(np.frombuffer(data[:4].tobytes().ljust(4, b"\0"), dtype=f"{order}i4")[0])
         if size in kinds and len(data) >= size:
-            header = kinds[size](bytes(data[:size]), endianness=order, check=False)
+            header = kinds[size](data[:size].tobytes(), endianness=order, check=False)
             magic = bytes(header["magic"])[:2]
             if magic == b"ni":
                 raise InputError(f"{name} is one half of a .hdr/.img pair", "Convert the pair to .nii.gz first")
@@ -253,14 +378,24 @@ def _grid(header: Any, shape: tuple[int, int, int], name: str) -> Grid:
         raise InputError(f"in {name} {error.fault}", error.remedy) from None
     if sform is not None and qform is not None:
         distance = grid.distance(other)
-        if distance > max(SAME_GRID_MM, 0.1 * min(grid.spacing)) and not _sheared(grid):
+        # The first voxel's position is written out in both, and nothing excuses another.
+        apart = float(np.linalg.norm(grid.origin - other.origin))
+        if apart > SAME_GRID_MM or distance > SAME_GRID_MM + _leeway(header, grid):
             raise InputError(
-                f"sform and qform of {name} disagree by up to {distance:.3g} mm",
+                f"sform and qform of {name} disagree by up to {distance:.3g} mm (sform: {grid}; qform: {other})",
                 "Find out which is right and write it into both",
             )
     return grid
 
 
-def _sheared(grid: Grid) -> bool:
-    """A qform cannot hold shear, so that the two differ by rights."""
-    return bool(np.abs(grid.direction.T @ grid.direction - np.eye(3)).max() > 1e-3)
+def _leeway(header: Any, grid: Grid) -> float:
+    """How far (mm) a qform may stray from this grid of the sform for want of anything better: it
+    cannot hold shear, and its quaternion is rounded."""
+    left, _, right = np.linalg.svd(grid.direction)
+    unsheared = Grid.from_spacing(grid.shape, grid.spacing, grid.origin, left @ right)
+    quaternion = np.array([header[f"quatern_{axis}"] for axis in "bcd"], dtype=np.float64)
+    square = max(0.0, 1 - float(quaternion @ quaternion))
+    angle = 2 * (np.sqrt(square + _QUATERNION_ROUNDING) - np.sqrt(max(0.0, square - _QUATERNION_ROUNDING)))
+    reach = float(np.linalg.norm(grid.corners() - grid.origin, axis=1).max())
+    # Programs straighten shear in several ways, none of which goes to the other side of it.
+    return 2 * grid.distance(unsheared) + float(angle) * reach

@@ -21,7 +21,9 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap, Volume
+from medseg.io import nifti
 from medseg.io.nifti import (
+    _grid,
     is_nifti,
     read_labels,
     read_raw_labels,
@@ -121,6 +123,46 @@ def test_a_sheared_grid_goes_round(tmp_path: Path) -> None:
     affine[0, 2] = 1.25
     write_volume(tmp_path / "a.nii", Volume(REAL[None].astype(np.int16), Grid(GRID.shape, affine)))
     assert np.array_equal(read_volume(tmp_path / "a.nii").grid.affine, affine)
+
+
+def test_an_axis_longer_than_nifti_1_can_say_makes_nifti_2(tmp_path: Path) -> None:
+    for length, kind in ((32767, nib.Nifti1Image), (32768, nib.Nifti2Image)):
+        volume = Volume(np.arange(length * 2, dtype=np.int32).reshape(1, 2, length, 1), Grid((2, length, 1), np.eye(4)))
+        write_volume(tmp_path / "a.nii.gz", volume)
+        assert type(nib.load(tmp_path / "a.nii.gz")) is kind
+        assert np.array_equal(np.asanyarray(nib.load(tmp_path / "a.nii.gz").dataobj), volume.values[0])
+        assert np.array_equal(read_volume(tmp_path / "a.nii.gz").values, volume.values)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_writing_holds_no_second_image(tmp_path: Path, name: str) -> None:
+    values = np.zeros((3, 160, 160, 200), dtype=np.float32)
+    for order in ("C", "F"):
+        volume = Volume(values.copy(order=order), Grid((160, 160, 200), np.eye(4)))  # type: ignore[call-overload]
+        assert peak_of(lambda v=volume: write_volume(tmp_path / name, v)) < 0.5 * values.nbytes  # type: ignore[misc]
+        assert read_volume(tmp_path / name).values.shape == values.shape
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "f4"])
+@pytest.mark.parametrize("what", ["full", "empty", "a corner", "a middle", "one voxel"])
+def test_large_images_of_either_order_are_written_alike(tmp_path: Path, what: str, dtype: str) -> None:
+    """Above the size from which rows are turned by way of a copy."""
+    values = np.zeros((1, 45, 37, 75), dtype=dtype)
+    where = {
+        "full": slice(None),
+        "empty": slice(0, 0),
+        "a corner": (0, slice(3), slice(2), slice(1)),
+        "a middle": (0, slice(11, 30), slice(20, 37), slice(30, 50)),
+        "one voxel": (0, 44, 36, 74),
+    }[what]
+    values[where] = np.random.default_rng(0).integers(1, 100, values[where].shape)
+    grid = Grid(values.shape[1:], np.eye(4))
+    files = []
+    for order in ("C", "F"):
+        write_volume(tmp_path / f"{order}.nii.gz", Volume(values.copy(order=order), grid))  # type: ignore[call-overload]
+        files.append((tmp_path / f"{order}.nii.gz").read_bytes())
+    assert np.array_equal(np.asanyarray(nib.load(tmp_path / "C.nii.gz").dataobj), values[0])
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
@@ -229,10 +271,63 @@ def test_qform_alone_and_sform_alone(tmp_path: Path) -> None:
         assert grid.matches(GRID, 1e-4)
 
 
-def test_a_qform_rounded_otherwise_is_no_conflict(tmp_path: Path) -> None:
+def shifted(by: float) -> Callable[[Any], None]:
     moved = GRID.affine.copy()
-    moved[:3, 3] += 0.02
-    read_volume(saved(tmp_path / "a.nii", change=lambda header: header.set_qform(moved, code=1)))
+    moved[0, 3] += by
+    return lambda header: header.set_qform(moved, code=1)
+
+
+def test_a_qform_rounded_otherwise_is_no_conflict(tmp_path: Path) -> None:
+    read_volume(saved(tmp_path / "a.nii", change=shifted(0.013)))
+    read_volume(saved(tmp_path / "a.nii", change=shifted(0.04)))
+    refused(saved(tmp_path / "a.nii", change=shifted(0.06)), "disagree by up to 0.06 mm")
+
+
+@given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-0.01, 0.01), st.permutations([0, 1, 2]))
+def test_a_quaternion_of_float32_is_no_conflict(
+    tmp_path_factory: pytest.TempPathFactory, first: float, second: float, third: float, order: list[int]
+) -> None:
+    """Half a turn, or almost: there the quaternion's real part is rounded most."""
+    turn = Rotation.from_euler("xyz", np.array([180 + third, first, second])[order], degrees=True).as_matrix()
+    grid = Grid.from_spacing((512, 512, 400), (0.9, 0.9, 1.5), (-200, 100, 50), turn)
+    header = nib.Nifti1Header()
+    header.set_data_shape(grid.shape)
+    header.set_sform(grid.affine, code=1)
+    header.set_qform(grid.affine, code=1)
+    path = tmp_path_factory.mktemp("turn") / "a.nii.gz"
+    _grid(header, grid.shape, path.name)
+    away = grid.affine.copy()
+    away[0, 3] += 0.06
+    further = grid.affine.copy()
+    further[:3, :3] = Rotation.from_euler("z", 0.3, degrees=True).as_matrix() @ further[:3, :3]
+    for other in (away, further):
+        header.set_qform(other, code=1)
+        with pytest.raises(InputError, match="disagree"):
+            _grid(header, grid.shape, path.name)
+
+
+def test_the_qform_of_a_sheared_sform_may_leave_out_the_shear_and_no_more(tmp_path: Path) -> None:
+    sheared = GRID.affine.copy()
+    sheared[0, 2] = 0.875
+    shape = (20, 20, 20)
+    values = np.zeros(shape, dtype=np.int16)
+    best = saved(tmp_path / "a.nii", values, affine=sheared)
+    assert np.array_equal(read_volume(best).grid.affine, sheared)
+    # ITK keeps the first axis as it is and squares the others with it.
+    first = GRID.affine.copy()
+    first[:3, :3] = GRID.direction * np.linalg.norm(sheared[:3, :3], axis=0)
+    read_volume(saved(tmp_path / "b.nii", values, affine=sheared, change=lambda h: h.set_qform(first, code=1)))
+    for axis in range(3):
+        moved = sheared.copy()
+        moved[axis, 3] += 0.1
+        refused(
+            saved(tmp_path / "c.nii", values, affine=sheared, change=lambda h, m=moved: h.set_qform(m, code=1)),  # type: ignore[misc]
+            "sform and qform of c.nii disagree",
+        )
+    mirrored = GRID.affine @ np.diag([-1, 1, 1, 1])
+    refused(
+        saved(tmp_path / "d.nii", values, affine=sheared, change=lambda h: h.set_qform(mirrored, code=1)), "disagree"
+    )
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -250,6 +345,7 @@ def test_sform_and_qform_that_disagree(tmp_path: Path) -> None:
     moved[0, 3] += 12.5
     path = saved(tmp_path / "a.nii", change=lambda header: header.set_qform(moved, code=1))
     refused(path, r"sform and qform of a\.nii disagree by up to 12\.5 mm")
+    refused(path, r"sform: Grid\(.*first voxel at -20x30.5x7 mm\); qform: Grid\(.*first voxel at -7.5x30.5x7 mm\)")
 
 
 @pytest.mark.parametrize(
@@ -406,10 +502,30 @@ def test_a_plain_file_with_a_long_tail_is_not_read_to_its_end(tmp_path: Path) ->
     assert peak_of(lambda: read_volume(path)) < 4e6
 
 
-def test_reading_takes_little_more_than_the_image(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(0, 99, (200, 200, 100)).astype(np.int16)
-    path = saved(tmp_path / "a.nii.gz", values)
-    assert peak_of(lambda: read_volume(path)) < 1.5 * values.nbytes
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("i2", {}),
+        ("i2", {"endian": ">"}),
+        ("f4", {}),
+        ("f8", {}),
+        ("i2", {"change": put(scl_slope=2, scl_inter=1)}),
+        ("f4", {"change": put(scl_slope=2, scl_inter=1)}),
+        ("f8", {"change": put(scl_slope=2, scl_inter=1)}),
+    ],
+    ids=["plain", "big-endian", "float", "double", "scaled", "scaled float", "scaled double"],
+)
+def test_reading_takes_at_most_half_more_than_the_image(
+    tmp_path: Path, name: str, dtype: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nifti, "_AT_ONCE", 1 << 18)  # as small beside this image as it is beside a CT
+    values = np.random.default_rng(0).integers(0, 99, (200, 200, 100)).astype(dtype)
+    path = saved(tmp_path / name, values, **options)
+    size = read_volume(path).values.nbytes
+    assert peak_of(lambda: read_volume(path)) < 1.5 * max(size, values.nbytes) + 4e6
+    expected = values * 2.0 + 1 if "change" in options else values
+    assert np.array_equal(read_volume(path).values[0], expected)
 
 
 def test_nan_and_infinity_are_counted(tmp_path: Path) -> None:
@@ -421,6 +537,14 @@ def test_nan_and_infinity_are_counted(tmp_path: Path) -> None:
         tmp_path / "b.nii", np.full((4, 5, 6), 3e38, dtype=np.float32), change=put(scl_slope=1e30, scl_inter=0)
     )
     refused(large, "120 voxels")
+
+
+def test_values_that_float32_cannot_hold_are_counted(tmp_path: Path) -> None:
+    values = REAL.astype(np.float64)
+    values[0, 0, :2] = 1e39, -1e300
+    refused(saved(tmp_path / "a.nii", values), r"a\.nii has 2 voxels that are too large for float32")
+    values[0, 0, :2] = 3e38, -3e38
+    assert read_volume(saved(tmp_path / "a.nii", values)).values.max() == 3e38
 
 
 # ---- labels -------------------------------------------------------------------------------------
