@@ -35,7 +35,8 @@ def read_scan(path: Path, series: int | None = None, *, progress: Progress = sil
     know of it.
 
     ``series`` chooses one of `find_series` by its number. Raises InputError where several series
-    could be meant, and for all that the readers refuse.
+    could be meant, where a file beside the series is too damaged to say whether it belongs to it
+    (unless ``series`` chooses all the same), and for all that the readers refuse.
     """
     if _is_image(path):
         if series is not None:
@@ -44,6 +45,11 @@ def read_scan(path: Path, series: int | None = None, *, progress: Progress = sil
     found = find_series(path)
     chosen = choose(found, series)
     damaged = sum(s.slices for s in found if s.kind == "damaged")
+    if damaged and series is None:
+        raise InputError(
+            f"{damaged} files are damaged, and a slice may be lost among them",
+            "Copy the series again, or take them away, or choose the series with --series all the same",
+        )
     notes = (f"{damaged} damaged files were left out",) if damaged else ()
     return read_series(chosen, progress=progress), (*notes, *chosen.notes)
 
