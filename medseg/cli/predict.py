@@ -73,6 +73,10 @@ def predict(
     from medseg.io.sidecar import write_index
     from medseg.models.package import load_package
 
+    if not channels and (align or not scans):
+        raise InputError(
+            "--register goes with --channel" if align else "no scan is named", "Name SCANS, or each --channel NAME=SCAN"
+        )
     if held_out and to != "nifti":
         raise InputError(f"--held-out goes with NIfTI, not with --to {to}", "Leave out --to")
     use_cores(threads)
@@ -82,10 +86,6 @@ def predict(
     predictor = Predictor(package, device)
     if channels:
         jobs = [_of_channels(channels, package.plan.channels, align, output, scans or series or held_out, to)]
-    elif align or not scans:
-        raise InputError(
-            "--register goes with --channel" if align else "no scan is named", "Name SCANS, or each --channel NAME=SCAN"
-        )
     else:
         jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output, to)
     if series is not None and len(jobs) > 1:

@@ -16,10 +16,11 @@ from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.terminology import default_terminology
 from medseg.core.volume import LabelMap
+from medseg.io.dicom import choose, find_series
 from medseg.io.dicom_seg import Algorithm, read_seg, write_seg
 from medseg.io.itk import read_itk_labels
-from medseg.io.reference import read_reference
-from medseg.io.rtstruct import write_rtstruct
+from medseg.io.reference import read_reference, reference_of
+from medseg.io.rtstruct import read_rtstruct, write_rtstruct
 
 MODEL = Algorithm.of_model("liver-3d")
 MADE = datetime(2026, 1, 2, 3, 4, 5)
@@ -117,6 +118,29 @@ def test_an_enhanced_multi_frame_series_is_referenced_frame_by_frame(shared_data
         write(tmp_path / "a.dcm", label_map, [source], MODEL)
     write_seg(tmp_path / "b.dcm", label_map, reference, MODEL)
     assert np.array_equal(read_seg(tmp_path / "b.dcm", onto=reference.grid).label_map.values, values)
+
+
+@WRITERS
+def test_labels_of_a_straightened_scan_go_back_onto_the_tilted_slices(
+    write: Write, dicom_series: Any, tmp_path: Path
+) -> None:
+    """A tilted gantry: slice k lies 0.7 k mm further back. A ball stays where it is in space."""
+    dicom_series(tmp_path / "tilted", shape=(24, 24, 9), step=(0, 0.7, 2), FrameOfReferenceUID="1.2.3.4")
+    series = choose(find_series(tmp_path / "tilted"))
+    reference, straight = reference_of(series), series.grid
+    assert straight is not None
+    assert straight.shape != reference.grid.shape
+    middle = np.array([-11.3, -12.1, 8.2])
+    places = straight.to_world(np.moveaxis(np.indices(straight.shape), 0, -1))
+    ball = (np.linalg.norm(places - middle, axis=-1) < 6).astype(np.uint8)
+    write(tmp_path / "a.dcm", LabelMap(ball, straight, LABELS), reference, MODEL)
+    if write is write_seg:
+        read = read_seg(tmp_path / "a.dcm", onto=reference.grid).label_map
+    else:
+        read = read_rtstruct(tmp_path / "a.dcm", reference.grid).label_map
+    found = reference.grid.to_world(np.argwhere(read.values == 1))
+    assert np.linalg.norm(found.mean(axis=0) - middle) < 0.5
+    assert len(found) * 2 == pytest.approx(4 / 3 * np.pi * 6**3, rel=0.05)
 
 
 # ---- what cannot be written ---------------------------------------------------------------------
