@@ -16,7 +16,18 @@ VERBS = sorted(cli.commands)
 
 
 def test_the_verbs() -> None:
-    assert VERBS == ["check", "convert", "evaluate", "inspect", "phantom", "plan", "predict", "preprocess", "report", "train"]
+    assert VERBS == [
+        "check",
+        "convert",
+        "evaluate",
+        "inspect",
+        "phantom",
+        "plan",
+        "predict",
+        "preprocess",
+        "report",
+        "train",
+    ]
 
 
 @pytest.mark.parametrize("verb", VERBS)
