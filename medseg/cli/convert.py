@@ -82,6 +82,7 @@ def convert(
         return
     algorithm = _algorithm(source, made_by)
     write_dicom(output, found.label_map, where.series, algorithm, target, _terminology(terms), label_map_kind=label_map)
+    click.echo(f"{output}: {target}; {found.label_map.labels}")
 
 
 @dataclass(frozen=True)

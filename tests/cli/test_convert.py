@@ -77,7 +77,7 @@ def test_options_of_a_seg(scan: Path, mask: Path, medseg: Any, tmp_path: Path) -
         "convert", mask, "-o", made, "--to", "dicom-seg", "--reference", scan, "--labels", tmp_path / "dataset.json",
         "--terms", tmp_path / "terms.json", "--made-by", "TotalSegmentator 2.4", "--label-map",
     )  # fmt: skip
-    assert (done.status, done.out) == (0, "")
+    assert (done.status, done.out) == (0, f"{made}: dicom-seg; 1 liver, 2 blob\n")
     dataset = pydicom.dcmread(made)
     assert dataset.SegmentationType == "LABELMAP"
     said = dataset.SegmentSequence[1].SegmentationAlgorithmIdentificationSequence[0]
