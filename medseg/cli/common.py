@@ -34,8 +34,8 @@ def use_cores(threads: int | None) -> int:
     """Compute on so many cores (all that there are, unless given), and tell how many.
 
     To be called before torch is imported: its OpenMP reads the policy once. By default waiting
-    threads spin, and two programs that share the cores then hold each other up: a training step
-    beside another took 4.6 s so, 0.55 s with threads that sleep, and 0.25 s alone either way.
+    threads spin, and two programs that share the cores then hold each other up, by far more than
+    sleeping costs one that is alone (benchmarks/README.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
