@@ -6,7 +6,9 @@ the same call with the old grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -21,6 +23,10 @@ Float32 = NDArray[np.float32]
 # Positions this close to a voxel's centre (in voxels) are that voxel: below it, interpolation
 # would only smear rounding errors of the affine.
 _ON_VOXEL = 1e-3
+# Voxels of a large image that are treated at one time.
+_AT_ONCE = 2**23
+
+Prepare = Callable[[int, Float32], Float32]
 
 
 @dataclass(frozen=True)
@@ -98,10 +104,12 @@ def spline_weights(positions: Float64, size: int) -> Float32:
 
 
 @overload
-def resample(image: Volume, onto: Grid, *, fill: float = 0.0) -> Volume: ...
+def resample(image: Volume, onto: Grid, *, fill: float = 0.0, prepare: Prepare | None = None) -> Volume: ...
 @overload
 def resample(image: LabelMap, onto: Grid) -> LabelMap: ...
-def resample(image: Volume | LabelMap, onto: Grid, *, fill: float = 0.0) -> Volume | LabelMap:
+def resample(
+    image: Volume | LabelMap, onto: Grid, *, fill: float = 0.0, prepare: Prepare | None = None
+) -> Volume | LabelMap:
     """``image`` as seen on the grid ``onto``.
 
     Intensities are interpolated by cubic B-splines and come back as float32; ``fill`` stands
@@ -110,30 +118,47 @@ def resample(image: Volume | LabelMap, onto: Grid, *, fill: float = 0.0) -> Volu
     the background and then to the lower number; outside is background. Where every new voxel is an
     old one (cropping, padding, flipping, permuting) values are copied, keeping their dtype unless it
     cannot hold ``fill``.
+
+    ``prepare`` is applied to the old values before they are interpolated: it takes a channel's number
+    and some of its values as float32, which it may change, and gives back as many. So a large scan of
+    integers is never held as floats.
+    """
+    maps = axis_maps(image.grid, onto)
+    if isinstance(image, LabelMap):
+        if maps is not None and all(m.on_voxels for m in maps):
+            return LabelMap(_owned(_copy(image.values[None], maps, onto, 0), image.values)[0], onto, image.labels)
+        return LabelMap(_vote(image, maps, onto), onto, image.labels)
+    if maps is not None and not all(m.on_voxels for m in maps):
+        return Volume(_interpolate(image, maps, onto, fill, prepare), onto)
+    if prepare is not None:
+        values = np.stack([prepare(n, one.astype(np.float32)) for n, one in enumerate(image.values)])
+        image = Volume(values, image.grid)
+    if maps is None:
+        return Volume(_interpolate_oblique(image, onto, fill), onto)
+    return Volume(_owned(_copy(image.values, maps, onto, fill), image.values), onto)
+
+
+def crop(image: Volume, onto: Grid) -> Volume:
+    """A box of a volume, its axes turned or flipped perhaps, that shares the volume's memory.
+
+    Raises ValueError where ``onto`` is no such box.
     """
     maps = axis_maps(image.grid, onto)
     if maps is not None and all(m.on_voxels for m in maps):
-        return _copy(image, maps, onto, fill)
-    if isinstance(image, LabelMap):
-        return LabelMap(_vote(image, maps, onto), onto, image.labels)
-    if maps is None:
-        return Volume(_interpolate_oblique(image, onto, fill), onto)
-    return Volume(_interpolate(image, maps, onto, fill), onto)
+        values = _copy(image.values, maps, onto, 0)
+        if np.may_share_memory(values, image.values):
+            return Volume(values, onto)
+    raise ValueError(f"{onto} is no box of {image.grid}")
 
 
-def _copy(image: Volume | LabelMap, maps: tuple[AxisMap, ...], onto: Grid, fill: float) -> Volume | LabelMap:
-    values = image.values if isinstance(image, Volume) else image.values[None]
+def _copy(values: NDArray[Any], maps: tuple[AxisMap, ...], onto: Grid, fill: float) -> NDArray[Any]:
+    """Values (C, X, Y, Z) picked voxel by voxel; a view where the new grid lies within the old one."""
     values = values.transpose(0, *(1 + m.source for m in maps))
     picks = [np.rint(m.positions).astype(int) for m in maps]
     keeps = [np.flatnonzero((p >= 0) & (p < n)) for p, n in zip(picks, values.shape[1:], strict=True)]
-    reaches_outside = tuple(len(k) for k in keeps) != onto.shape
-    fill = fill if isinstance(image, Volume) else 0
-    keeps_dtype = not reaches_outside or _holds(values.dtype, fill)
-    out = np.full(
-        (len(values), *onto.shape), fill if reaches_outside else 0, values.dtype if keeps_dtype else np.float32
-    )
+    within = tuple(len(k) for k in keeps) == onto.shape
+    target = (slice(None), *(slice(k[0], k[-1] + 1) if len(k) else slice(0, 0) for k in keeps))
     if all(len(k) for k in keeps):
-        target = (slice(None), *(slice(k[0], k[-1] + 1) for k in keeps))
         for axis, (pick, keep) in enumerate(zip(picks, keeps, strict=True), start=1):
             start, stop, step = pick[keep[0]], pick[keep[-1]], 1 if len(keep) < 2 else pick[keep[1]] - pick[keep[0]]
             if abs(step) == 1:  # a slice is a view, where fancy indexing would copy the volume
@@ -141,8 +166,16 @@ def _copy(image: Volume | LabelMap, maps: tuple[AxisMap, ...], onto: Grid, fill:
                 values = values[(slice(None),) * axis + (slice(start, edge if edge >= 0 else None, step),)]
             else:
                 values = np.take(values, pick[keep], axis=axis)
+        if within:
+            return values
+    out = np.full((len(values), *onto.shape), fill, values.dtype if _holds(values.dtype, fill) else np.float32)
+    if all(len(k) for k in keeps):
         out[target] = values
-    return Volume(out, onto) if isinstance(image, Volume) else LabelMap(out[0], onto, image.labels)
+    return out
+
+
+def _owned(values: NDArray[Any], old: NDArray[Any]) -> NDArray[Any]:
+    return values.copy(order="K") if np.may_share_memory(values, old) else values
 
 
 def _holds(dtype: np.dtype[Any], value: float) -> bool:
@@ -152,26 +185,58 @@ def _holds(dtype: np.dtype[Any], value: float) -> bool:
     return True
 
 
-def _interpolate(image: Volume, maps: tuple[AxisMap, ...], onto: Grid, fill: float) -> Float32:
+def _interpolate(image: Volume, maps: tuple[AxisMap, ...], onto: Grid, fill: float, prepare: Prepare | None) -> Float32:
     values = image.values.transpose(0, *(1 + m.source for m in maps))
     out = np.empty((image.channels, *onto.shape), dtype=np.float32)
-    for channel, one in zip(out, values, strict=True):
-        channel[...] = _apply(np.asarray(one, dtype=np.float32), maps, spline_weights)
+    for number, (channel, one) in enumerate(zip(out, values, strict=True)):
+        channel[...] = _in_parts(one, maps, prepare and partial(prepare, number))
     _outside(out, maps, values.shape[1:], fill)
     return out
 
 
-def _apply(values: NDArray[Any], maps: tuple[AxisMap, ...], weights: Any) -> NDArray[Any]:
-    """One matrix per axis; the axes that shrink most come first, so that the rest is cheap."""
-    order = sorted(range(3), key=lambda a: len(maps[a].positions) / values.shape[a])
-    for axis in order:
-        positions, size = maps[axis].positions, values.shape[axis]
+def _in_parts(values: NDArray[Any], maps: tuple[AxisMap, ...], prepare: Callable[[Float32], Float32] | None) -> Float32:
+    """Values (X, Y, Z) made float32 and interpolated along two axes in parts of the third, along which
+    they lie farthest apart in memory, and then along that."""
+    far = int(np.argmax(np.abs(values.strides)))
+    near = tuple(AxisMap(a, m.positions) if a != far else None for a, m in enumerate(maps))
+    shape = [len(m.positions) for m in maps]
+    shape[far] = values.shape[far]
+    # The new array has its axes in the old one's order in memory.
+    order = sorted(range(3), key=lambda a: -abs(values.strides[a]))
+    half = np.empty([shape[a] for a in order], dtype=np.float32).transpose(np.argsort(order))
+    step = max(1, _AT_ONCE // (values.size // values.shape[far]))
+    for first in range(0, values.shape[far], step):
+        where = (slice(None),) * far + (slice(first, first + step),)
+        part = values[where].astype(np.float32, order="K")
+        half[where] = _apply(prepare(part) if prepare else part, near, spline_weights)
+    return _apply(half, tuple(maps[a] if a == far else None for a in range(3)), spline_weights)
+
+
+def _apply(values: NDArray[Any], maps: tuple[AxisMap | None, ...], weights: Any) -> NDArray[Any]:
+    """One matrix per axis, None where it stays; the axes that shrink most come first, so that the
+    rest is cheap."""
+    wanted = [(a, m.positions) for a, m in enumerate(maps) if m is not None]
+    for axis, positions in sorted(wanted, key=lambda w: len(w[1]) / values.shape[w[0]]):
+        size = values.shape[axis]
         if len(positions) == size and np.abs(positions - np.arange(size)).max() < _ON_VOXEL:
             continue
-        moved = np.moveaxis(values, axis, 0)
-        result = weights(positions, size) @ moved.reshape(size, -1)
-        values = np.moveaxis(result.reshape(len(positions), *moved.shape[1:]), 0, axis)
+        values = _along(values, axis, weights(positions, size))
     return values
+
+
+def _along(values: NDArray[Any], axis: int, weights: Float32) -> NDArray[Any]:
+    """Values (X, Y, Z) with a matrix applied along an axis, as products of matrices that lie in memory
+    as they are, whichever axis varies fastest."""
+    order = sorted(range(3), key=lambda a: -abs(values.strides[a]))
+    lying = values.transpose(order)
+    place = order.index(axis)
+    if place == 2:
+        made = lying @ weights.T
+    elif place == 1:
+        made = weights @ lying
+    else:
+        made = (weights @ lying.reshape(len(lying), -1)).reshape(len(weights), *lying.shape[1:])
+    return made.transpose(np.argsort(order))
 
 
 def _outside(out: NDArray[Any], maps: tuple[AxisMap, ...], sizes: tuple[int, ...], fill: float) -> None:

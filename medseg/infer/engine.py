@@ -73,8 +73,7 @@ class TorchEngine:
                     out = self._forward(network, turned)
                     out = out.flip([2 + a for a in flip]) if flip else out
                     total = out if total is None else total.add_(out)
-        count = len(self._flips) * len(self._networks)
-        return total if count == 1 else total.div_(count)
+            return total / (len(self._flips) * len(self._networks))
 
     def _forward(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
         if self._flat is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +13,10 @@ from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.volume import LabelMap, Volume
-from medseg.infer.stream import bring_home
-from medseg.infer.window import sliding_window
+from medseg.infer.budget import within
+from medseg.infer.engine import Engine, TorchEngine
+from medseg.infer.stream import Decision, Tally, bring_home
+from medseg.infer.window import OVERLAP, Box, sweep
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Plan
@@ -24,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Organ:
-    """What was found of one structure. ``confidence`` is the mean probability of its voxels, None
-    where it has none; ``cut`` says that it reaches the border of the scan."""
+    """What was found of one structure. ``confidence`` is the mean probability of its voxels on the network's
+    grid, None where it has none; ``cut`` says that it reaches the border of the scan."""
 
     name: str
     number: int
@@ -48,36 +52,39 @@ class Prediction:
 
 
 class Predictor:
-    """A model loaded once, for many scans. ``device`` is "cpu", "cuda" or "auto".
+    """A model loaded once, for many scans.
 
-    Raises InputError where the package's weights are not of the network that its plan describes.
+    ``device`` is "cpu", "cuda" or "auto". ``memory`` bounds, in bytes, what a prediction takes in all;
+    by default most of what is free. Raises InputError where the package's weights are not of the
+    network that its plan describes.
     """
 
-    def __init__(self, package: ModelPackage, device: str = "auto") -> None:
+    def __init__(
+        self, package: ModelPackage, device: str = "auto", *, memory: int | None = None, threads: int | None = None
+    ) -> None:
         self.package = package
-        self.device = pick_device(device)
+        self.memory = memory
+        self.threads = threads or len(os.sched_getaffinity(0))
         self._digest = package.digest()
-        classes = len(package.plan.labels) + 1
-        self.networks: list[nn.Module] = []
-        for weights in package.members:
-            network = build(package.configuration, len(package.plan.channels), classes)
-            try:
-                network.load_state_dict(weights)
-            except RuntimeError:
-                raise InputError(
-                    f"the weights of {package.name} do not fit its plan", "Get the package again, or train it anew"
-                ) from None
-            self.networks.append(network.to(self.device).eval())
+        self.engine = _engine(package, pick_device(device))
 
     def predict(self, volume: Volume) -> Prediction:
-        """Segment a scan. Raises InputError where its channels are not the model's."""
+        """Segment a scan. Raises InputError where its channels are not the model's, and where it would
+        need more memory than it may have."""
         started = time.perf_counter()
-        label_map, probability = segment(
-            self.networks, volume, self.package.plan, self.package.configuration_name, self.device
+        made = segment(
+            self.engine,
+            volume,
+            self.package.plan,
+            self.package.configuration_name,
+            memory=self.memory,
+            threads=self.threads,
         )
-        organs = describe(label_map, probability)
+        organs = describe(made.label_map, made.tally)
         warnings = tuple(f"{o.name} is cut by the border of the scan" for o in organs if o.cut)
-        return Prediction(label_map, organs, self.package.name, self._digest, time.perf_counter() - started, warnings)
+        return Prediction(
+            made.label_map, organs, self.package.name, self._digest, time.perf_counter() - started, warnings
+        )
 
 
 def predict(volume: Volume, package: ModelPackage, *, device: str = "auto") -> Prediction:
@@ -85,28 +92,91 @@ def predict(volume: Volume, package: ModelPackage, *, device: str = "auto") -> P
     return Predictor(package, device).predict(volume)
 
 
-def segment(
-    networks: list[nn.Module], volume: Volume, plan: Plan, configuration_name: str, device: Any
-) -> tuple[LabelMap, NDArray[np.float32]]:
-    """Labels, and the probability of each voxel's label, on the scan's own grid.
+@dataclass(frozen=True)
+class Segmentation:
+    """Labels on the scan's own grid; what was counted on the way; and the probability (X, Y, Z) of
+    each voxel's label, where that was asked for."""
 
-    Training validates by this very function.
-    """
+    label_map: LabelMap
+    tally: Tally
+    probability: NDArray[np.float32] | None
+
+
+def segment(
+    engine: Engine,
+    volume: Volume,
+    plan: Plan,
+    configuration_name: str,
+    *,
+    overlap: float = OVERLAP,
+    memory: int | None = None,
+    probability: bool = False,
+    threads: int = 1,
+) -> Segmentation:
+    """Labels of a scan on its own grid. Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
     prepared = preprocess(volume, plan, configuration)
-    logits = sliding_window(networks, prepared.values, configuration, len(plan.labels) + 1, device)
-    classes, probability = bring_home(logits, prepared.grid, volume.grid)
+    tiling = within(
+        memory,
+        engine,
+        configuration,
+        prepared.grid,
+        volume.grid,
+        channels=prepared.channels,
+        overlap=overlap,
+        voxel_bytes=volume.channels * volume.values.itemsize + 4 * probability,
+    )
     numbers = np.array([0, *plan.label_set.numbers])
-    values = numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16)[classes]
-    return LabelMap(values, volume.grid, plan.label_set), probability
+    home = bring_home(
+        sweep(engine, prepared.values, tiling, wanted=_seen(prepared.values)),
+        prepared.grid,
+        volume.grid,
+        Decision(len(numbers)),
+        probability=probability,
+        threads=threads,
+    )
+    values = home.winner
+    if (numbers != np.arange(len(numbers))).any():
+        values = numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16)[values]
+    return Segmentation(LabelMap(values, volume.grid, plan.label_set), home.tally, home.probability)
 
 
-def describe(label_map: LabelMap, probability: NDArray[np.float32]) -> tuple[Organ, ...]:
-    """Volume, mean probability and completeness of every structure."""
+def _seen(image: NDArray[np.float32]) -> Callable[[Box], bool] | None:
+    """Whether a box of the image (C, X, Y, Z) shows anything: where every channel stands at its
+    lowest value, as air does once it is clipped, no tile is run. None for an image that is constant."""
+    lowest = [float(channel.min()) for channel in image]
+    if all(float(channel.max()) == low for channel, low in zip(image, lowest, strict=True)):
+        return None
+
+    def seen(box: Box) -> bool:
+        return any(float(part.max()) > low for part, low in zip(image[(slice(None), *box)], lowest, strict=True))
+
+    return seen
+
+
+def _engine(package: ModelPackage, device: Any) -> Engine:
+    classes = len(package.plan.labels) + 1
+    networks: list[nn.Module] = []
+    for weights in package.members:
+        network = build(package.configuration, len(package.plan.channels), classes)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError:
+            raise InputError(
+                f"the weights of {package.name} do not fit its plan", "Get the package again, or train it anew"
+            ) from None
+        networks.append(network.to(device).eval())
+    return TorchEngine(networks, package.configuration, classes, device)
+
+
+def describe(label_map: LabelMap, tally: Tally) -> tuple[Organ, ...]:
+    """Volume, mean probability and completeness of every structure; ``tally`` is by class, in the
+    order of the labels."""
     values = label_map.values
-    counts = np.bincount(values.ravel(), minlength=max(label_map.labels.numbers) + 1)
-    sums = np.bincount(values.ravel(), weights=probability.ravel(), minlength=len(counts))
+    counts = np.zeros(max(label_map.labels.numbers) + 1, dtype=np.int64)
     border: set[int] = set()
+    for number in range(values.shape[2]):
+        counts += np.bincount(values[:, :, number].ravel(order="K"), minlength=len(counts))
     for axis in range(3):
         for end in (0, -1):
             border |= set(np.unique(np.take(values, end, axis=axis)).tolist())
@@ -116,10 +186,10 @@ def describe(label_map: LabelMap, probability: NDArray[np.float32]) -> tuple[Org
             number=label.number,
             voxels=int(counts[label.number]),
             volume_ml=float(counts[label.number] * label_map.grid.voxel_volume / 1000),
-            confidence=float(sums[label.number] / counts[label.number]) if counts[label.number] else None,
+            confidence=float(inside / won) if counts[label.number] and won else None,
             cut=label.number in border,
         )
-        for label in label_map.labels
+        for label, inside, won in zip(label_map.labels, tally.inside[1:], tally.won[1:], strict=True)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,41 +18,65 @@ Float32 = NDArray[np.float32]
 _FARTHEST = 20.0
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """Clip to [low, high], subtract ``mean``, divide by ``std``; one that leaves a channel as it is
+    has infinite bounds, mean 0 and std 1."""
+
+    low: float
+    high: float
+    mean: float
+    std: float
+
+    def __call__(self, values: NDArray[Any]) -> Float32:
+        """Float32 values of any shape; an array that is float32 already is changed in place."""
+        made: Float32 = values if values.dtype == np.float32 else values.astype(np.float32)
+        np.clip(made, np.float32(self.low), np.float32(self.high), out=made)
+        made -= np.float32(self.mean)
+        made /= np.float32(self.std)
+        return made
+
+
 def normalise(volume: Volume, rules: tuple[Normalisation, ...]) -> Volume:
     """Float32 values, one rule per channel. Raises InputError where their numbers differ."""
+    scales = scalings(volume, rules)
+    values = np.stack([scale(one.astype(np.float32)) for scale, one in zip(scales, volume.values, strict=True)])
+    return Volume(values, volume.grid)
+
+
+def scalings(volume: Volume, rules: tuple[Normalisation, ...]) -> tuple[Scaling, ...]:
+    """What the rules come to for a scan, channel by channel. Raises InputError where their numbers
+    differ."""
     if volume.channels != len(rules):
         raise InputError(
             f"the scan has {volume.channels} channels, the model takes {len(rules)} "
             f"({', '.join(rule.channel for rule in rules)})",
             "Give the channels that the model was trained on, in that order",
         )
-    out = np.empty(volume.values.shape, dtype=np.float32)
-    for target, values, rule in zip(out, volume.values, rules, strict=True):
-        target[...] = _ct(values, rule) if rule.kind == "ct" else _zscore(values)
-    return Volume(out, volume.grid)
+    return tuple(
+        _ct(rule) if rule.kind == "ct" else _zscore(values) for values, rule in zip(volume.values, rules, strict=True)
+    )
 
 
-def _ct(values: NDArray[Any], rule: Normalisation) -> Float32:
-    mean, std = np.float32(rule.mean or 0.0), np.float32(rule.std or 1.0)
-    scaled: Float32 = (np.clip(values, rule.low, rule.high).astype(np.float32) - mean) / std
-    return scaled
+def _ct(rule: Normalisation) -> Scaling:
+    if rule.low is None or rule.high is None:
+        raise ValueError("a rule for CT without its numbers")  # Normalisation sees to it
+    return Scaling(rule.low, rule.high, rule.mean or 0.0, rule.std or 1.0)
 
 
-def _zscore(values: NDArray[Any]) -> Float32:
+def _zscore(values: NDArray[Any]) -> Scaling:
     """Mean 0 and standard deviation 1 over the voxels that are not zero.
 
     Values beyond their 0.5 and 99.5 percentiles are clipped first: in Task04 single voxels reach a
     hundred times the rest. A constant channel becomes zero. Zeros far below everything else end 20
     standard deviations below the mean, where no clipped value lies, so that half precision holds them.
     """
-    values = values.astype(np.float32)
-    inside = values[values != 0]
+    inside = values[values != 0].astype(np.float32)
     if not inside.size:
-        return values
+        return Scaling(-np.inf, np.inf, 0.0, 1.0)
     low, high = np.percentile(inside, (0.5, 99.5))
     inside = np.clip(inside, low, high)
     std = max(float(inside.std()), 1e-6 * max(1.0, abs(float(high))))
-    mean = inside.mean(dtype=np.float64)
-    least = max(float(min(low, 0.0)), float(mean) - _FARTHEST * std)
-    scaled: Float32 = (np.clip(values, least, high) - mean).astype(np.float32) / std
-    return scaled
+    mean = float(inside.mean(dtype=np.float64))
+    least = max(float(min(low, 0.0)), mean - _FARTHEST * std)
+    return Scaling(least, float(high), mean, std)

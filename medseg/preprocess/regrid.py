@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medseg.core.grid import Grid
-from medseg.core.resample import resample
+from medseg.core.resample import crop, resample
 from medseg.core.volume import Volume
 from medseg.plan.plan import Configuration, Plan
-from medseg.preprocess.normalise import normalise
+from medseg.preprocess.normalise import scalings
 
 
 def preprocess(volume: Volume, plan: Plan, configuration: Configuration) -> Volume:
@@ -19,8 +20,12 @@ def preprocess(volume: Volume, plan: Plan, configuration: Configuration) -> Volu
     resampling onto the scan's own grid. Raises InputError where the channels are not the plan's.
     """
     box = occupied(volume)
-    cropped = resample(normalise(volume, plan.normalisation.value), onto=box)
-    return resample(cropped, onto=box.with_spacing(configuration.spacing.value))
+    scales = scalings(volume, plan.normalisation.value)
+    return resample(
+        crop(volume, box),
+        onto=box.with_spacing(configuration.spacing.value),
+        prepare=lambda channel, values: scales[channel](values),
+    )
 
 
 def occupied(volume: Volume) -> Grid:
@@ -28,12 +33,28 @@ def occupied(volume: Volume) -> Grid:
     channel; the whole grid where all are zero."""
     turned = volume.grid.reoriented()
     axes = volume.grid.axes
-    filled = (volume.values != 0).any(axis=0)
+    filled = _filled(volume)
     start, shape = [0, 0, 0], list(turned.shape)
-    if filled.any():
+    if filled[0].any():
         for world, voxel in enumerate(axes):
-            hit = np.flatnonzero(filled.any(axis=tuple(a for a in range(3) if a != voxel)))
+            hit = np.flatnonzero(filled[voxel])
             forward = volume.grid.direction[world, voxel] > 0
             first = int(hit[0]) if forward else volume.grid.shape[voxel] - 1 - int(hit[-1])
             start[world], shape[world] = first, int(hit[-1] - hit[0] + 1)
     return turned.window(start, (shape[0], shape[1], shape[2]))
+
+
+def _filled(volume: Volume) -> list[NDArray[np.bool_]]:
+    """For each voxel axis, which of its planes hold a voxel that is not zero."""
+    filled = [np.zeros(n, dtype=bool) for n in volume.grid.shape]
+    for values in volume.values:
+        far = int(np.argmax(np.abs(values.strides)))
+        first, second = (a for a in range(3) if a != far)
+        for number in range(values.shape[far]):
+            plane = values.take(number, axis=far) != 0
+            along = plane.any(axis=1)
+            if along.any():
+                filled[far][number] = True
+                filled[first] |= along
+                filled[second] |= plane.any(axis=0)
+    return filled

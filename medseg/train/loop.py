@@ -18,6 +18,7 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.provenance import digest, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
+from medseg.infer.engine import TorchEngine
 from medseg.infer.predict import pick_device, segment
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore, StoredCase
@@ -284,8 +285,9 @@ def validate(
 ) -> dict[str, Any]:
     """Mean Dice over the cases: of all labels as "dice", and of each as "dice_by_label"."""
     scores: dict[str, list[float]] = {label.name: [] for label in plan.label_set}
+    engine = TorchEngine([network], plan.configuration(configuration), len(plan.labels) + 1, device)
     for _, volume, reference in cases:
-        found, _ = segment([network], volume, plan, configuration, device)
+        found = segment(engine, volume, plan, configuration).label_map
         for label in plan.label_set:
             truth = reference.values == label.number
             if truth.any():

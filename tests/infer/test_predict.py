@@ -12,7 +12,9 @@ from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap, Volume
+from medseg.infer.engine import TorchEngine
 from medseg.infer.predict import Predictor, describe, pick_device, predict, segment
+from medseg.infer.stream import Tally
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 
@@ -34,6 +36,12 @@ class ByIntensity(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         value = x[:, :1] * 50 + 50
         return torch.cat([-((value - level) ** 2) / 100 for level in (0.0, 100.0, 200.0)], dim=1)
+
+
+def run(network: nn.Module, volume: Volume, plan: Any, configuration: str) -> tuple[LabelMap, np.ndarray]:
+    engine = TorchEngine([network], plan.configuration(configuration), len(plan.labels) + 1, CPU)
+    made = segment(engine, volume, plan, configuration, probability=True)
+    return made.label_map, made.probability
 
 
 def two_balls(grid: Grid, noise: float = 0.0) -> tuple[Volume, np.ndarray]:
@@ -67,7 +75,7 @@ def test_at_the_plans_own_spacing_every_voxel_is_right(small_plan: Any, configur
         spacing=(1.5, 1.5, 2.0),
     )
     volume, truth = two_balls(grid_about((1.5, 1.5, 2.0), np.diag([-1.0, -1.0, 1.0])))
-    labels, probability = segment([ByIntensity()], volume, plan, configuration, CPU)
+    labels, probability = run(ByIntensity(), volume, plan, configuration)
     assert labels.values.dtype == np.uint16
     assert np.array_equal(labels.values, np.array([0, 3, 300])[truth])
     assert labels.grid == volume.grid
@@ -89,7 +97,7 @@ def test_the_answer_lies_on_the_scans_own_grid(
 ) -> None:
     plan = small_plan(labels=LABELS, spacing=(1.3, 1.3, 1.6))
     volume, truth = two_balls(grid_about(spacing, direction), noise=3)
-    labels, probability = segment([ByIntensity()], volume, plan, "3d", CPU)
+    labels, probability = run(ByIntensity(), volume, plan, "3d")
     assert labels.grid is volume.grid
     assert probability.shape == volume.grid.shape
     for number, was in ((3, 1), (300, 2)):
@@ -107,7 +115,7 @@ def test_small_and_thin_scans(small_plan: Any, shape: tuple[int, int, int]) -> N
     values = np.full((1, *shape), 1.0, dtype=np.float32)
     values[0, shape[0] // 2 :] = 201
     volume = Volume(values, Grid.from_spacing(shape, 1.0))
-    labels, _ = segment([ByIntensity()], volume, plan, "3d", CPU)
+    labels, _ = run(ByIntensity(), volume, plan, "3d")
     assert np.array_equal(labels.values, np.where(values[0] > 100, 300, 0))
 
 
@@ -115,14 +123,14 @@ def test_small_and_thin_scans(small_plan: Any, shape: tuple[int, int, int]) -> N
 def test_a_constant_scan(small_plan: Any, level: int, number: int) -> None:
     plan = small_plan(labels=LABELS)
     volume = Volume(np.full((1, 9, 8, 7), level, dtype=np.int16), Grid.from_spacing((9, 8, 7), (1, 1, 2)))
-    labels, _ = segment([ByIntensity()], volume, plan, "3d", CPU)
+    labels, _ = run(ByIntensity(), volume, plan, "3d")
     assert (labels.values == number).all()
 
 
 def test_a_byte_is_enough_for_small_numbers(small_plan: Any) -> None:
     plan = small_plan(labels={3: "a", 255: "b"})
     volume, truth = two_balls(grid_about((1, 1, 2), np.eye(3)))
-    labels, _ = segment([ByIntensity()], volume, plan, "3d", CPU)
+    labels, _ = run(ByIntensity(), volume, plan, "3d")
     assert labels.values.dtype == np.uint8
     assert np.array_equal(labels.values, np.array([0, 3, 255])[truth])
 
@@ -137,7 +145,7 @@ def test_what_was_cut_away_as_empty_is_background(small_plan: Any) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.stack([torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0])], 1)
 
-    labels, probability = segment([Always()], volume, plan, "3d", CPU)
+    labels, probability = run(Always(), volume, plan, "3d")
     assert np.array_equal(labels.values == 300, values[0] > 0)
     assert (probability[values[0] == 0] == 1).all()
 
@@ -150,10 +158,10 @@ def test_organs_by_hand() -> None:
     values = np.zeros(grid.shape, dtype=np.uint16)
     values[1:3, 2:4, 3:5] = 4  # 8 voxels of 3 mm3
     values[4, 5, 6] = 900  # the corner
-    probability = np.full(grid.shape, 0.5, dtype=np.float32)
-    probability[1, 2:4, 3:5] = 0.75
     labels = LabelSet((Label("a", 4), Label("b", 900), Label("none", 7)))
-    first, none, corner = describe(LabelMap(values, grid, labels), probability)
+    # Classes come in the order of the label set: a, none, b.
+    tally = Tally(np.array([9.0, 6.0, 0.1, 1.0]), np.array([9.0, 5.0, 0.0, 0.6]), np.array([9, 8, 0, 1]), 3.0)
+    first, none, corner = describe(LabelMap(values, grid, labels), tally)
     assert (first.name, first.number, first.voxels, first.cut) == ("a", 4, 8, False)
     assert first.volume_ml == pytest.approx(0.024)
     assert first.confidence == pytest.approx(0.625)
@@ -167,11 +175,11 @@ def test_every_face_of_the_scan_cuts(place: tuple[int, int, int]) -> None:
     values = np.zeros((5, 5, 5), dtype=np.uint8)
     values[place] = 1
     grid = Grid.from_spacing((5, 5, 5), 1.0)
-    (organ,) = describe(LabelMap(values, grid, LabelSet.from_names("a")), np.ones((5, 5, 5), dtype=np.float32))
+    (organ,) = describe(LabelMap(values, grid, LabelSet.from_names("a")), Tally.empty(2, 1.0))
     assert organ.cut
     inner = np.zeros((5, 5, 5), dtype=np.uint8)
     inner[2, 2, 2] = 1
-    (organ,) = describe(LabelMap(inner, grid, LabelSet.from_names("a")), np.ones((5, 5, 5), dtype=np.float32))
+    (organ,) = describe(LabelMap(inner, grid, LabelSet.from_names("a")), Tally.empty(2, 1.0))
     assert not organ.cut
 
 
@@ -210,8 +218,9 @@ def test_several_members_are_their_average(small_plan: Any) -> None:
     plan = small_plan(labels=LABELS)
     one, two = untrained(plan, seed=1), untrained(plan, seed=2)
     both = ModelPackage(plan, "3d", one.members + two.members, ("a",), ("b",), {})
-    networks = [Predictor(one, "cpu").networks[0], Predictor(two, "cpu").networks[0]]
-    labels, _ = segment(networks, volume, plan, "3d", CPU)
+    networks = [Predictor(p, "cpu").engine._networks[0] for p in (one, two)]
+    engine = TorchEngine(networks, plan.configuration("3d"), 3, CPU)
+    labels = segment(engine, volume, plan, "3d").label_map
     assert np.array_equal(Predictor(both, "cpu").predict(volume).label_map.values, labels.values)
     twice = ModelPackage(plan, "3d", one.members * 2, ("a",), ("b",), {})
     alone = Predictor(one, "cpu").predict(volume).label_map.values

@@ -1,18 +1,39 @@
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from medseg.infer import window
-from medseg.infer.window import gaussian, sliding_window, tile_starts
+from medseg.infer.engine import TorchEngine
+from medseg.infer.window import gaussian, lay, sweep, tile_starts
 
 CPU = torch.device("cpu")
+
+
+def assemble(slabs: Any, outputs: int, shape: tuple[int, ...]) -> np.ndarray:
+    """All slabs put together; where they share a plane they must agree."""
+    whole = np.full((outputs, *shape), np.nan, dtype=np.float32)
+    for slab in slabs:
+        there = whole[(slice(None), *slab.box)]
+        known = ~np.isnan(there)
+        assert np.array_equal(there[known], slab.values[known])
+        whole[(slice(None), *slab.box)] = slab.values
+        del slab
+    assert not np.isnan(whole).any()
+    return whole
+
+
+def sliding_window(networks: Any, image: np.ndarray, configuration: Any, classes: int, device: Any) -> np.ndarray:
+    engine = TorchEngine(networks, configuration, classes, device)
+    shape = (image.shape[1], image.shape[2], image.shape[3])
+    return assemble(sweep(engine, image, lay(shape, configuration)), classes, shape)
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +47,10 @@ def _one_thread() -> None:
 @given(st.integers(1, 400), st.integers(1, 96), st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]))
 def test_tiles_cover_every_voxel_evenly_and_overlap_enough(size: int, patch: int, overlap: float) -> None:
     starts = tile_starts(size, patch, overlap)
-    assert starts[0] == 0
     if size <= patch:
-        assert starts == [0]
+        assert starts == [-((patch - size) // 2)]
         return
+    assert starts[0] == 0
     assert starts[-1] == size - patch
     steps = np.diff(starts)
     assert steps.min() >= 1
@@ -191,3 +212,96 @@ def test_a_small_image_is_centred_in_zeros(small_plan: Any) -> None:
     logits = sliding_window([Neighbour()], image, configuration, 1, CPU)
     assert logits[0, :, 0, 0].tolist() == [1, 1, 1, 1, 0]
     assert sliding_window([Place()], image, configuration, 2, CPU)[0, :, 0, 0] == pytest.approx([5, 6, 7, 8, 9])
+
+
+# ---- in what order they run ---------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    st.tuples(*[st.integers(1, 50)] * 3), st.sampled_from([(16, 16, 16), (16, 8, 24)]), st.floats(0.02, 1.5), st.data()
+)
+def test_what_is_held_is_what_was_foretold(small_plan: Any, shape: Any, patch: Any, share: float, data: Any) -> None:
+    """However little may be held, every voxel gets the same logits, and no more is held than said."""
+    configuration = small_plan(patch=patch).configuration("3d")
+    image = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    held: list[int] = []
+
+    class Counting(Place3):
+        def zeros(self, wanted: tuple[int, ...]) -> np.ndarray:
+            if len(wanted) == 4:
+                alive[:] = [a for a in alive if a() is not None]
+                made = np.zeros(wanted, dtype=np.float32)
+                alive.append(weakref.ref(made))
+                held.append(sum(a().size // 2 for a in alive))
+                return made
+            return np.zeros(wanted, dtype=np.float32)
+
+    alive: list[Any] = []
+    free = lay(shape, configuration)
+    tiling = lay(shape, configuration, most=share * free.held)
+    expected = assemble(sweep(Place3(), image, free), 2, shape)
+    assert np.array_equal(assemble(sweep(Counting(), image, tiling), 2, shape), expected)
+    assert max(held) <= tiling.held
+    if len(tiling.bands) > 1:
+        assert tiling.held < free.held
+        assert tiling.tiles >= free.tiles
+
+
+class Place3:
+    """A numpy engine whose logits are the sum and the difference of each voxel's place in its tile and its value."""
+
+    name, outputs = "numpy", 2
+
+    def run(self, tiles: np.ndarray) -> np.ndarray:
+        place = np.indices(tiles.shape[2:]).sum(axis=0).astype(np.float32)
+        return np.stack([tiles[:, 0] + place, tiles[:, 0] - 2 * place], axis=1)
+
+    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape, dtype=np.float32)
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def numpy(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+
+def test_a_long_scan_holds_two_tiles_length_and_not_all(small_plan: Any) -> None:
+    configuration = small_plan(patch=(16, 16, 16)).configuration("3d")
+    tiling = lay((20, 30, 400), configuration)
+    assert tiling.axis == 2
+    assert tiling.held <= 20 * 30 * (16 + 8 + 3)
+    assert lay((400, 30, 20), configuration).axis == 0
+
+
+def test_a_band_runs_only_the_tiles_that_touch_it(small_plan: Any) -> None:
+    configuration = small_plan(patch=(16, 16, 16)).configuration("3d")
+    whole = lay((64, 64, 64), configuration)
+    half = lay((64, 64, 64), configuration, most=0.6 * whole.held)
+    assert whole.tiles == 7**3
+    assert len(half.bands) == 2
+    assert 7**3 < half.tiles <= 7 * 7 * 9
+
+
+def test_what_is_not_wanted_is_not_run_and_says_so(small_plan: Any) -> None:
+    configuration = small_plan(patch=(16, 16, 16)).configuration("3d")
+    image = np.zeros((1, 16, 16, 64), dtype=np.float32)
+    image[..., 40:] = 1
+    run: list[int] = []
+    slabs = list(
+        sweep(
+            Place3(),
+            image,
+            lay((16, 16, 64), configuration),
+            wanted=lambda box: bool(image[(slice(None), *box)].any()),
+            done=lambda: run.append(1),
+        )
+    )
+    assert len(run) == 3  # those that begin at 32, 40 and 48; the one at 24 ends before there is something
+    covered = np.ones((16, 16, 64), dtype=bool)
+    for slab in slabs:
+        if slab.covered is not None:
+            covered[slab.box] = slab.covered
+    assert covered[..., 32:].all()
+    assert not covered[..., :24].any()

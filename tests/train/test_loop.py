@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from medseg.core.errors import InputError, MedsegError
 from medseg.core.resample import resample
 from medseg.dataset.task import Task, load_case, load_task
-from medseg.infer.predict import Predictor
+from medseg.infer.predict import Predictor, Segmentation
+from medseg.infer.stream import Tally
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore
 from medseg.models.package import ModelPackage
@@ -420,7 +421,7 @@ def test_validation_means_by_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     first, second = (labels for _, _, labels in pairs)
     without = type(second)(np.where(second.values == 2, 0, second.values).astype(np.uint8), second.grid, second.labels)
     answers = iter([first, type(first)(np.zeros_like(second.values), second.grid, second.labels)])
-    monkeypatch.setattr(loop, "segment", lambda *_: (next(answers), None))
+    monkeypatch.setattr(loop, "segment", lambda *_: Segmentation(next(answers), Tally.empty(3, 1.0), None))
     cases = [pairs[0], (pairs[1][0], pairs[1][1], without)]
     found = validate(torch.nn.Identity(), cases, bench.plan, bench.name, CPU)
     assert found == {"dice": 0.75, "dice_by_label": {"left blob": 0.5, "right blob": 1.0}}
