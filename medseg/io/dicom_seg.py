@@ -198,7 +198,7 @@ def _numbered(slices: NDArray[Any], labels: LabelSet, numbers: dict[int, int]) -
     """Segment numbers (slices, rows, columns) from labels."""
     dtype = np.uint8 if max(numbers.values()) < 256 else np.uint16
     if all(old == new for old, new in numbers.items()):
-        return np.ascontiguousarray(slices, dtype=dtype)
+        return slices.astype(dtype, copy=False)
     table = np.zeros(max(labels.numbers) + 1, dtype=dtype)
     for old, new in numbers.items():
         table[old] = new
@@ -225,7 +225,7 @@ def _identity(
     """What the object's UIDs are made from: everything that it holds."""
     said = repr((labels, algorithm, kind, moment.isoformat(), medseg.__version__))
     images = " ".join(str(d.SOPInstanceUID) for d in reference.datasets)
-    return str(uid_of(images, said, np.ascontiguousarray(pixels).tobytes()))
+    return str(uid_of(images, said, pixels.tobytes()))
 
 
 def _segment(label: Label, number: int, term: Term, algorithm: Algorithm, identified: Any) -> Any:

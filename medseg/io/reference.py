@@ -25,6 +25,7 @@ from medseg.core.volume import LabelMap
 from medseg.io.dicom import Series, read_headers
 from medseg.io.dicom_grid import Stack, arrange
 from medseg.io.dicom_header import items_of, quiet
+from medseg.io.nifti import turned
 from medseg.io.sources import Source
 
 # DICOM measures towards the patient's left and back (LPS), medseg towards right and front (RAS).
@@ -52,7 +53,7 @@ class Reference:
         return self.datasets[0]
 
     def slices_of(self, label_map: LabelMap) -> NDArray[Any]:
-        """Labels (slices, rows, columns) of the series, from a map on its grid, flipped or permuted
+        """Labels (slices, rows, columns; C-contiguous) of the series, from a map on its grid, flipped or permuted
         as it may be. Raises InputError, with the distance in mm, for a map on another grid.
 
         A map on the straight grid of a tilted series is moved onto the slices, by less than a voxel.
@@ -66,7 +67,9 @@ class Reference:
                 "Name the series that it was drawn on; labels are not moved to another grid here",
             )
         moved = resample(LabelMap(label_map.values, there, label_map.labels), self.grid)
-        return moved.values.transpose(2, 1, 0)
+        if moved.values.flags.c_contiguous:
+            return np.concatenate(list(turned(moved.values)))
+        return np.ascontiguousarray(moved.values.transpose(2, 1, 0))
 
 
 @quiet()
