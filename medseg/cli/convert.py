@@ -129,6 +129,8 @@ def write_dicom(
         write_seg(output, label_map, reference, algorithm, kind=kind, terminology=words)  # type: ignore[arg-type]
     else:
         write_rtstruct(output, label_map, reference, algorithm, terminology=words)
+    if not label_map.values.any():
+        click.echo(f"note: the label map is empty, and {output.name} says so")
     if unknown := unknown_names(label_map.labels, words):
         click.echo(f"note: no SNOMED CT code is known for {', '.join(unknown)}; they got private codes (--terms)")
 

@@ -77,6 +77,8 @@ class Predictor:
         )
         organs = describe(label_map, probability)
         warnings = tuple(f"{o.name} is cut by the border of the scan" for o in organs if o.cut)
+        if not any(o.voxels for o in organs):
+            warnings = ("nothing was found",)
         return Prediction(label_map, organs, self.package.name, self._digest, time.perf_counter() - started, warnings)
 
 

@@ -84,13 +84,14 @@ def write_seg(
 
     The label map lies on the grid of the series (``sources``: its datasets or files, in any order),
     flipped or permuted as it may be. Each label becomes a segment with a coded term, an unknown one
-    with a private code (see `unknown_names`); a label without voxels is listed without frames. A
+    with a private code (see `unknown_names`); a label without voxels is listed without frames. Where
+    there is no voxel at all, one empty frame says so, since a SEG must have a frame. A
     binary SEG numbers its segments 1, 2, 3, ... in the order of the labels, a label map keeps their
     numbers. Patient and study come from the source. The same input and time (``made``, now unless
     given) give the same bytes. Atomic.
 
-    Raises InputError for a label map without any voxel (an empty SEG cannot be written), one on
-    another grid, and a source that is no sound series.
+    Raises InputError for a label map on another grid or without labels, and for a source that is no
+    sound series.
     """
     import highdicom as hd
 
@@ -109,6 +110,12 @@ def write_seg(
     ]
     require_frame(reference)
     source = [complete_source(d) for d in reference.datasets]
+    nothing = not pixels.any()
+    if nothing:
+        # highdicom would encode every slice of every segment, which may be gigabytes; so it is shown
+        # one voxel, which is taken out again below.
+        pixels = pixels.copy()
+        pixels[0, 0, 0] = min(numbers.values())
     try:
         made_object = hd.seg.Segmentation(
             source_images=source,
@@ -137,6 +144,8 @@ def write_seg(
             f"the series cannot be referred to ({type(error).__name__})", "Export it again from the archive"
         ) from None
     made_object.ContentCreatorName = ""
+    if nothing:
+        made_object.PixelData = bytes(len(made_object.PixelData))
     _settle(made_object, identity, moment)
     name_private_scheme(made_object, [words.find(label) for label in label_map.labels])
     data = io.BytesIO()
@@ -177,12 +186,12 @@ def read_seg(
 
 
 def require_labels(label_map: LabelMap) -> None:
-    """InputError where a label map is empty, or has a value that its labels do not list."""
+    """InputError where a label map has no labels, or a value that they do not list."""
     present = set(np.unique(label_map.values).tolist()) - {0}
     if strange := sorted(present - set(label_map.labels.numbers)):
         raise InputError(f"the label map has the value {strange[0]}, which is not listed", "Name all of its labels")
-    if not present:
-        raise InputError("the label map is empty", "There is nothing to put into a DICOM object")
+    if not len(label_map.labels):
+        raise InputError("the label map has no labels", "Name them; the voxels may all be empty")
 
 
 def _numbers(labels: LabelSet, kind: str) -> dict[int, int]:

@@ -66,8 +66,8 @@ def write_rtstruct(
     Each label becomes a region of interest with the label's name, number and coded term; each piece
     of it on a slice one closed contour in mm, its holes tied to its rim by keyholes (PS3.3
     C.8.8.6.3). A contour runs half-way between voxels inside and outside, so that filling it gives
-    the same voxels again; its area is half a pixel less than theirs. Otherwise, and in what it
-    refuses, as `write_seg`.
+    the same voxels again; its area is half a pixel less than theirs. A label without voxels is a
+    region without contours. Otherwise, and in what it refuses, as `write_seg`.
     """
     reference = sources if isinstance(sources, Reference) else read_reference(sources)
     slices = reference.slices_of(label_map)

@@ -303,7 +303,8 @@ def test_dciodvfy_finds_no_error(tmp_path: Path, kind: str, orientation: str) ->
         truth.label_map.grid,
         LabelSet((*LABELS.labels, Label("kidney tumour", 6), Label("right blob", 7))),
     )
-    for label_map in (truth.label_map, unknown):
+    empty = LabelMap(np.zeros_like(truth.label_map.values), truth.label_map.grid, LABELS)
+    for label_map in (truth.label_map, unknown, empty):
         write(tmp_path / name, truth, label_map)
         ran = subprocess.run([validator, "-new", tmp_path / name], capture_output=True, text=True, check=False)
         said = (ran.stdout + ran.stderr).splitlines()
