@@ -81,7 +81,7 @@ def make_all(folder: Path) -> None:
     np.save(folder / "labels.npy", np.ascontiguousarray(labels))
 
 
-def task_of(what: str, folder: Path):  # noqa: ANN201
+def task_of(what: str, folder: Path):
     """What to do, as a function; what it needs is loaded before."""
     program, part = what.split()
     if program == "SimpleITK":
@@ -96,7 +96,6 @@ def task_of(what: str, folder: Path):  # noqa: ANN201
 
         return read_with_itk
     import imagecodecs  # noqa: F401
-    import pydicom.pixels
 
     from medseg.core.labels import LabelSet
     from medseg.core.volume import LabelMap
