@@ -100,7 +100,8 @@ def task_of(what: str, folder: Path):
     from medseg.core.labels import LabelSet
     from medseg.core.volume import LabelMap
     from medseg.io.dicom import choose, find_series, read_series
-    from medseg.io.dicom_seg import Algorithm, read_seg, write_seg
+    from medseg.io.dicom_seg import Algorithm, write_seg
+    from medseg.io.dicom_seg_read import read_seg
     from medseg.io.reference import reference_of
     from medseg.io.rtstruct import read_rtstruct, write_rtstruct
 

@@ -28,17 +28,14 @@ from medseg.core.volume import LabelMap
 from medseg.io.dicom_header import quiet
 from medseg.io.dicom_seg import (
     Algorithm,
-    LabelsRead,
-    choose_names,
     code_item,
     colour,
     complete_source,
     name_private_scheme,
-    refuse_overlaps,
     require_frame,
     require_labels,
-    require_same_frame,
 )
+from medseg.io.dicom_seg_read import LabelsRead, choose_names, refuse_overlaps, require_same_frame
 from medseg.io.files import atomic
 from medseg.io.reference import LPS, Reference, naming, read_dataset, read_reference, series_number, uid_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from medseg.io.dicom_seg import read_seg
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.nifti import read_raw_labels
 
 VALUES = np.arange(7 * 6 * 4).reshape(7, 6, 4)

@@ -13,7 +13,7 @@ import pytest
 
 from medseg.core.volume import LabelMap
 from medseg.infer import predict as infer
-from medseg.io.dicom_seg import read_seg
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.reference import read_reference
 from medseg.io.rtstruct import read_rtstruct
 

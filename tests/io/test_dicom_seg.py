@@ -17,7 +17,8 @@ from medseg.core.labels import Label, LabelSet
 from medseg.core.terminology import default_terminology
 from medseg.core.volume import LabelMap
 from medseg.io.dicom import choose, find_series
-from medseg.io.dicom_seg import Algorithm, read_seg, write_seg
+from medseg.io.dicom_seg import Algorithm, write_seg
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.itk import read_itk_labels
 from medseg.io.reference import read_reference, reference_of
 from medseg.io.rtstruct import read_rtstruct, write_rtstruct

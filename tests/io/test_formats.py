@@ -30,7 +30,8 @@ from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap
-from medseg.io.dicom_seg import Algorithm, read_seg, write_seg
+from medseg.io.dicom_seg import Algorithm, write_seg
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.nifti import read_labels, write_labels
 from medseg.io.reference import read_reference
 from medseg.io.rtstruct import read_rtstruct, write_rtstruct
