@@ -23,6 +23,7 @@ from medseg.core.labels import Label, LabelSet
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap
 from medseg.io.dicom_header import quiet
+from medseg.io.dicom_limits import honest_codestream, honest_run_lengths, require_room
 from medseg.io.reference import LPS, naming, read_dataset, settled
 
 SOP_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -78,7 +79,9 @@ def _read(
     if not planes or len(planes) != int(dataset.get("NumberOfFrames") or 1):
         raise InputError(f"{len(planes)} of its frames are described", _ANOTHER)
     grid, places = _sparse_stack(planes, int(dataset.Rows), int(dataset.Columns))
-    slices = np.zeros(grid.shape[::-1], dtype=np.min_scalar_type(max(numbers.values(), default=0)))
+    dtype = np.min_scalar_type(max(numbers.values(), default=0))
+    require_room((grid.shape[2], grid.shape[1], grid.shape[0]), dtype.itemsize)
+    slices = np.zeros(grid.shape[::-1], dtype=dtype)
     clashes: dict[tuple[int, int], int] = {}
     segments = _segments_of_frames(dataset)
     if len(set(zip(places, segments, strict=True))) < len(places):
@@ -332,9 +335,26 @@ def _pixels(dataset: Dataset) -> Iterator[NDArray[Any]]:
             for frame in range(count):
                 yield _frame_of(dataset.PixelData, frame, shape, bits)
         else:
+            _require_honest(dataset, shape, count, bits // 8)
             yield from iter_pixels(dataset)
     except Exception as error:  # noqa: BLE001 decoders raise what a broken stream happens to meet
         raise InputError(f"its pixels are cut off or cannot be decoded ({type(error).__name__})", _ANOTHER) from None
+
+
+def _require_honest(dataset: Dataset, shape: tuple[int, int], count: int, itemsize: int) -> None:
+    """ValueError where frames that pydicom would decode are not as large as the header says."""
+    from pydicom.encaps import generate_frames
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        return
+    for piece in generate_frames(dataset.PixelData, number_of_frames=count):
+        if syntax == RLELossless:
+            sound = honest_run_lengths(len(piece), *shape, itemsize)
+        else:
+            sound = honest_codestream(piece, *shape)
+        if not sound:
+            raise ValueError
 
 
 def _frame_of(data: bytes, frame: int, shape: tuple[int, int], bits: int) -> NDArray[Any]:

@@ -25,6 +25,7 @@ from medseg.core.volume import LabelMap
 from medseg.io.dicom import Series, read_headers
 from medseg.io.dicom_grid import Stack, arrange
 from medseg.io.dicom_header import items_of, quiet
+from medseg.io.dicom_limits import require_sound_deflation
 from medseg.io.nifti import turned
 from medseg.io.sources import Source
 
@@ -178,8 +179,11 @@ def _header(source: Dataset | Path) -> Dataset:
 def read_dataset(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     """A DICOM file. Raises InputError where it is missing or none; the text holds no value of it."""
     try:
-        with quiet():
-            return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
+        with quiet(), path.open("rb") as file:
+            require_sound_deflation(file)
+            return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing", "Name a file that is there") from None
     except InvalidDicomError:
