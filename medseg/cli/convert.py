@@ -176,7 +176,7 @@ def _scan(source: Path, output: Path, series: int | None) -> None:
     from medseg.io.nifti import write_volume
     from medseg.io.scan import read_scan
 
-    volume, notes = read_scan(source, series, progress=progress("read", unit="slice"))
+    volume, notes = read_scan(source, series, progress=progress("read", unit="file"))
     write_volume(output, volume)
     for note in notes:
         click.echo(f"note: {note}")

@@ -129,7 +129,7 @@ def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
     chosen = job.channels[0].series if job.channels else series
     reference = None if job.to == "nifti" else reference_for(job.scan, chosen, job.to)
     try:
-        bar = progress("read", unit="slice")
+        bar = progress("read", unit="file")
         parts: list[dict[str, Any]] = []
         if job.channels:
             rules = predictor.package.plan.normalisation.value
