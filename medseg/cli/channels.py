@@ -13,6 +13,7 @@ from medseg.core.errors import InputError
 if TYPE_CHECKING:
     from medseg.core.progress import Progress
     from medseg.core.volume import Volume
+    from medseg.plan.plan import Normalisation
 
 # Less of the first channel's field of view than this is worth a warning.
 _WHOLE = 0.99
@@ -27,12 +28,16 @@ class ChannelScan:
     series: int | None = None
 
 
-def parse_channels(options: Sequence[str], wanted: Sequence[str]) -> tuple[ChannelScan, ...]:
-    """``NAME=SCAN`` or ``NAME=FOLDER#SERIES`` for each of the model's channels, in the model's order.
+def parse_channels(
+    options: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()
+) -> tuple[ChannelScan, ...]:
+    """``NAME=SCAN`` or ``NAME=FOLDER#SERIES`` for each of the model's channels, in the model's order;
+    ``optional`` ones may be left out.
 
     Raises InputError, by name, for a channel that is missing, comes twice or is none of the model's.
     """
-    remedy = f"Give each once, as --channel NAME=SCAN: {', '.join(wanted)}"
+    said = [f"{name} (may be missing)" if name in optional else name for name in wanted]
+    remedy = f"Give each once, as --channel NAME=SCAN: {', '.join(said)}"
     given: dict[str, ChannelScan] = {}
     for option in options:
         name, sign, text = option.partition("=")
@@ -47,18 +52,19 @@ def parse_channels(options: Sequence[str], wanted: Sequence[str]) -> tuple[Chann
             given[name] = ChannelScan(name, Path(number[1]), int(number[2]))
         else:
             given[name] = ChannelScan(name, Path(text))
-    if missing := [name for name in wanted if name not in given]:
+    if missing := [name for name in wanted if name not in given and name not in optional]:
         raise InputError(f"the channel {', '.join(missing)} is missing", remedy)
-    return tuple(given[name] for name in wanted)
+    return tuple(given[name] for name in wanted if name in given)
 
 
 def read_channels(
-    scans: Sequence[ChannelScan], *, align: bool, progress: Progress
+    scans: Sequence[ChannelScan], rules: Sequence[Normalisation], *, align: bool, progress: Progress
 ) -> tuple[Volume, tuple[str, ...], list[dict[str, Any]]]:
-    """The case on its first channel's grid, what to know of it, and a record of each channel: its
-    scan, how much of the first one's field of view it covers and how it was aligned."""
+    """The case on its first channel's grid with every channel of ``rules``, what to know of it, and a
+    record of each channel: its scan (None where it is missing), how much of the first one's field of
+    view it covers and how it was aligned."""
     from medseg.io.scan import read_scan, scan_digest
-    from medseg.preprocess.channels import assemble, overlap, register
+    from medseg.preprocess.channels import assemble, complete, overlap, register
 
     volumes: dict[str, Volume] = {}
     notes: list[str] = []
@@ -96,4 +102,8 @@ def read_channels(
         volumes[scan.name] = volume
         notes += said
         records.append({**record, "overlap": round(share, 4)})
-    return assemble(volumes), tuple(notes), records
+    for rule in rules:
+        if rule.channel not in volumes:
+            notes.append(f"{rule.channel} was not given; its mean stands in its place, and the result may be worse")
+            records.append({"name": rule.channel, "scan": None})
+    return complete(assemble(volumes), list(volumes), rules), tuple(notes), records

@@ -129,6 +129,8 @@ def write_dicom(
         write_seg(output, label_map, reference, algorithm, kind=kind, terminology=words)  # type: ignore[arg-type]
     else:
         write_rtstruct(output, label_map, reference, algorithm, terminology=words)
+    if not label_map.values.any():
+        click.echo(f"note: the label map is empty, and {output.name} says so")
     if unknown := unknown_names(label_map.labels, words):
         click.echo(f"note: no SNOMED CT code is known for {', '.join(unknown)}; they got private codes (--terms)")
 
@@ -149,7 +151,7 @@ def reference_for(scan: Path, series: int | None, target: str) -> Reference:
 def _kind(source: Path) -> str:
     """ "nifti" or "image" for a label map, "DICOM SEG", "RTSTRUCT", or "scan" for a series."""
     from medseg.core.errors import InputError
-    from medseg.io import dicom_seg, rtstruct
+    from medseg.io import dicom_seg_read, rtstruct
     from medseg.io.itk import is_itk
     from medseg.io.nifti import is_nifti
     from medseg.io.reference import read_dataset
@@ -163,7 +165,7 @@ def _kind(source: Path) -> str:
         return "image"
     if source.is_file() and is_dicom(Source(source)):
         kind = str(read_dataset(source, stop_before_pixels=True).get("SOPClassUID", ""))
-        if kind in dicom_seg.SOP_CLASSES:
+        if kind in dicom_seg_read.SOP_CLASSES:
             return _SEG
         if kind == rtstruct.SOP_CLASS:
             return _RTSTRUCT
@@ -174,7 +176,7 @@ def _scan(source: Path, output: Path, series: int | None) -> None:
     from medseg.io.nifti import write_volume
     from medseg.io.scan import read_scan
 
-    volume, notes = read_scan(source, series, progress=progress("read", unit="slice"))
+    volume, notes = read_scan(source, series, progress=progress("read", unit="file"))
     write_volume(output, volume)
     for note in notes:
         click.echo(f"note: {note}")
@@ -195,7 +197,7 @@ def _where(reference: Path | None, series: int | None, *, dicom: bool) -> Where:
 
 def _labels(source: Path, kind: str, where: Where, names: Path | None, only: tuple[str, ...]) -> Found:
     from medseg.core.errors import InputError
-    from medseg.io.dicom_seg import read_seg
+    from medseg.io.dicom_seg_read import read_seg
     from medseg.io.itk import read_itk_labels
     from medseg.io.nifti import read_labels
     from medseg.io.rtstruct import read_rtstruct

@@ -18,9 +18,19 @@ from medseg.cli.common import FOLDER, RunFolder, progress, seed_option
 @click.option("--splits", type=FOLDER, help="Folds to use instead: folds.json, or nnU-Net's splits_final.json.")
 @click.option("--machine", type=click.Choice(["cpu", "gpu"]), help="What the plan is for.  [default: this machine]")
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs that the plan asks for.")
+@click.option(
+    "--optional-channel", "optional", metavar="NAME", multiple=True, help="A channel that scans may lack; repeatable."
+)
 @seed_option
 def plan(
-    task: Path, output: Path, folds: int, splits: Path | None, machine: str | None, epochs: int | None, seed: int
+    task: Path,
+    output: Path,
+    folds: int,
+    splits: Path | None,
+    machine: str | None,
+    epochs: int | None,
+    optional: tuple[str, ...],
+    seed: int,
 ) -> None:
     """Measure TASK and decide how to train on it.
 
@@ -38,7 +48,9 @@ def plan(
     run = RunFolder(new_folder(output, holds="run.json"))
     _require_same_task(run, loaded.name)
     measured = fingerprint(loaded, progress=progress("measure"))
-    decided = make_plan(measured, loaded.labels, machine=machine or _this_machine(), epochs=epochs)
+    decided = make_plan(
+        measured, loaded.labels, machine=machine or _this_machine(), epochs=epochs, optional_channels=optional
+    )
     if splits:
         dealt = read_folds(splits, loaded)
         if found := leaks(loaded, dealt):

@@ -16,6 +16,7 @@ from medseg.cli.convert import TARGETS, reference_for, write_dicom
 
 if TYPE_CHECKING:
     from medseg.infer.predict import Prediction, Predictor
+    from medseg.plan.plan import Plan
 
 _SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory")
 
@@ -66,7 +67,7 @@ def predict(
     Where a DICOM folder holds several series, none is guessed: --series chooses.
     A case whose channels are several scans is named by --channel T2=t2.nii.gz --channel
     ADC=adc.nii.gz (or ADC=FOLDER#4, the fourth DICOM series); its result lies on the grid of the
-    model's first channel.
+    model's first channel. One that the model's plan lists as optional may be left out.
     A scan that fails does not stop the others.
     """
     from medseg.core.errors import InputError, MedsegError
@@ -85,7 +86,7 @@ def predict(
     package = load_package(model)
     predictor = Predictor(package, device)
     if channels:
-        jobs = [_of_channels(channels, package.plan.channels, align, output, scans or series or held_out, to)]
+        jobs = [_of_channels(channels, package.plan, align, output, scans or series or held_out, to)]
     else:
         jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output, to)
     if series is not None and len(jobs) > 1:
@@ -128,10 +129,11 @@ def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
     chosen = job.channels[0].series if job.channels else series
     reference = None if job.to == "nifti" else reference_for(job.scan, chosen, job.to)
     try:
-        bar = progress("read", unit="slice")
+        bar = progress("read", unit="file")
         parts: list[dict[str, Any]] = []
         if job.channels:
-            volume, notes, parts = read_channels(job.channels, align=job.align, progress=bar)
+            rules = predictor.package.plan.normalisation.value
+            volume, notes, parts = read_channels(job.channels, rules, align=job.align, progress=bar)
         else:
             volume, notes = read_scan(job.scan, series, progress=bar)
         made = predictor.predict(volume)
@@ -227,14 +229,12 @@ def _jobs(scans: tuple[Path, ...], output: Path | None, to: str, *, one: bool = 
     return jobs
 
 
-def _of_channels(
-    options: tuple[str, ...], wanted: tuple[str, ...], align: bool, output: Path | None, other: Any, to: str
-) -> Job:
+def _of_channels(options: tuple[str, ...], plan: Plan, align: bool, output: Path | None, other: Any, to: str) -> Job:
     from medseg.core.errors import InputError
 
     if other:
         raise InputError("--channel names one case", "Leave out SCANS, --series and --held-out")
-    found = parse_channels(options, wanted)
+    found = parse_channels(options, plan.channels, plan.optional_channels.value)
     (job,) = _jobs((found[0].path,), output, to, one=True)
     return replace(job, channels=found, align=align)
 

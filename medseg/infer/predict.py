@@ -82,6 +82,8 @@ class Predictor:
         )
         organs = describe(made.label_map, made.tally)
         warnings = tuple(f"{o.name} is cut by the border of the scan" for o in organs if o.cut)
+        if not any(o.voxels for o in organs):
+            warnings = ("nothing was found",)
         return Prediction(
             made.label_map, organs, self.package.name, self._digest, time.perf_counter() - started, warnings
         )

@@ -35,6 +35,7 @@ from medseg.io.dicom_header import (
     quiet,
     require_intensities,
 )
+from medseg.io.dicom_limits import require_room, require_sound_deflation
 from medseg.io.dicom_pixels import TruncatedError, stored_values
 from medseg.io.sources import Source, climbs_out, find_sources, is_dicom
 
@@ -147,6 +148,7 @@ def read_series(series: Series, *, progress: Progress = silent) -> Volume:
         raise InputError("a series without slices", "Choose another series")
     width, height, count = stack.grid.shape
     whole = all(f.slope == 1 and f.intercept.is_integer() for f in stack.frames)
+    require_room((count, height, width), 2 if whole else 4)
     out: NDArray[Any] = np.empty((count, height, width), dtype=np.int16 if whole else np.float32)
     with quiet():
         values = _rescaled(stack, out, whole, progress)
@@ -235,6 +237,7 @@ def _header(source: Source) -> Any:
         return _DAMAGED
     with source.open() as file:
         try:
+            require_sound_deflation(file)
             header = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=list(TAGS))
             for _ in header.iterall():  # values are made when they are used; what is wrong shows here
                 pass

@@ -17,6 +17,7 @@ from pydicom.encaps import generate_frames
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
 
+from medseg.io.dicom_limits import honest_codestream, honest_run_lengths
 from medseg.io.sources import Source
 
 _JPEG = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 53, 55, 57, 70))
@@ -63,11 +64,18 @@ def _decoded(file: BinaryIO, header: Any, wanted: list[int]) -> Iterator[NDArray
         pieces = generate_frames(dataset.PixelData, number_of_frames=int(header.get("NumberOfFrames") or 1))
         coded = dict(zip(range(max(wanted) + 1), pieces, strict=False))
         for n in wanted:
+            if not honest_codestream(coded[n], header.Rows, header.Columns):
+                raise TruncatedError
             frame = decode(coded[n])
             if frame.shape != (header.Rows, header.Columns):
                 raise TruncatedError
             yield frame
         return
+    if syntax == RLELossless:
+        itemsize = int(header.BitsAllocated) // 8
+        if not honest_run_lengths(file.seek(0, 2), header.Rows, header.Columns, itemsize):
+            raise TruncatedError
+        file.seek(0)
     # Without file meta pydicom cannot decode from the file; nor can it seek in a deflated one.
     whole = "TransferSyntaxUID" not in header.file_meta or syntax == DeflatedExplicitVRLittleEndian
     source: Any = file

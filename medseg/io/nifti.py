@@ -197,14 +197,14 @@ def _write_to(file: Any, header: bytes, values: NDArray[Any]) -> None:
     dtype = values.dtype.newbyteorder("<")
     for channel in values:
         if channel.flags.c_contiguous and channel.size > _TURNED_AT_ONCE:
-            parts = _turned(channel)
+            parts = turned(channel)
         else:
             parts = (part.ravel(order="F") for part in _parts(channel[None]))
         for part in parts:
             file.write(part.astype(dtype, copy=False).data)
 
 
-def _turned(channel: NDArray[Any]) -> Iterator[NDArray[Any]]:
+def turned(channel: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """An image (X, Y, Z) whose z varies fastest, as (Z, Y, X), some slices at a time.
 
     Read straight across, the voxels of a row lie some power of two apart and push each other out of

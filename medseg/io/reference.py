@@ -25,6 +25,8 @@ from medseg.core.volume import LabelMap
 from medseg.io.dicom import Series, read_headers
 from medseg.io.dicom_grid import Stack, arrange
 from medseg.io.dicom_header import items_of, quiet
+from medseg.io.dicom_limits import require_sound_deflation
+from medseg.io.nifti import turned
 from medseg.io.sources import Source
 
 # DICOM measures towards the patient's left and back (LPS), medseg towards right and front (RAS).
@@ -52,7 +54,7 @@ class Reference:
         return self.datasets[0]
 
     def slices_of(self, label_map: LabelMap) -> NDArray[Any]:
-        """Labels (slices, rows, columns) of the series, from a map on its grid, flipped or permuted
+        """Labels (slices, rows, columns; C-contiguous) of the series, from a map on its grid, flipped or permuted
         as it may be. Raises InputError, with the distance in mm, for a map on another grid.
 
         A map on the straight grid of a tilted series is moved onto the slices, by less than a voxel.
@@ -66,7 +68,9 @@ class Reference:
                 "Name the series that it was drawn on; labels are not moved to another grid here",
             )
         moved = resample(LabelMap(label_map.values, there, label_map.labels), self.grid)
-        return moved.values.transpose(2, 1, 0)
+        if moved.values.flags.c_contiguous:
+            return np.concatenate(list(turned(moved.values)))
+        return np.ascontiguousarray(moved.values.transpose(2, 1, 0))
 
 
 @quiet()
@@ -175,8 +179,11 @@ def _header(source: Dataset | Path) -> Dataset:
 def read_dataset(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     """A DICOM file. Raises InputError where it is missing or none; the text holds no value of it."""
     try:
-        with quiet():
-            return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
+        with quiet(), path.open("rb") as file:
+            require_sound_deflation(file)
+            return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing", "Name a file that is there") from None
     except InvalidDicomError:

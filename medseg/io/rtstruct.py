@@ -10,11 +10,14 @@ import io
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.tag import Tag
+from pydicom.uid import ImplicitVRLittleEndian
 
 import medseg
 from medseg.core.errors import InputError
@@ -25,17 +28,14 @@ from medseg.core.volume import LabelMap
 from medseg.io.dicom_header import quiet
 from medseg.io.dicom_seg import (
     Algorithm,
-    LabelsRead,
-    choose_names,
     code_item,
     colour,
     complete_source,
     name_private_scheme,
-    refuse_overlaps,
     require_frame,
     require_labels,
-    require_same_frame,
 )
+from medseg.io.dicom_seg_read import LabelsRead, choose_names, refuse_overlaps, require_same_frame
 from medseg.io.files import atomic
 from medseg.io.reference import LPS, Reference, naming, read_dataset, read_reference, series_number, uid_of
 
@@ -43,6 +43,7 @@ SOP_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
 # A contour this close to a slice (mm) is on it; positions are written with few decimals.
 _ON_SLICE_MM = 0.1
 _ANOTHER = "Export the structure set again"
+_CONTOUR_DATA = Tag("ContourData")
 
 Points = NDArray[np.float64]
 
@@ -62,8 +63,8 @@ def write_rtstruct(
     Each label becomes a region of interest with the label's name, number and coded term; each piece
     of it on a slice one closed contour in mm, its holes tied to its rim by keyholes (PS3.3
     C.8.8.6.3). A contour runs half-way between voxels inside and outside, so that filling it gives
-    the same voxels again; its area is half a pixel less than theirs. Otherwise, and in what it
-    refuses, as `write_seg`.
+    the same voxels again; its area is half a pixel less than theirs. A label without voxels is a
+    region without contours. Otherwise, and in what it refuses, as `write_seg`.
     """
     reference = sources if isinstance(sources, Reference) else read_reference(sources)
     slices = reference.slices_of(label_map)
@@ -74,11 +75,14 @@ def write_rtstruct(
     terms = [words.find(label) for label in label_map.labels]
     said = repr((label_map.labels, algorithm, moment.isoformat(), medseg.__version__))
     images = " ".join(str(d.SOPInstanceUID) for d in reference.datasets)
-    identity = str(uid_of("rtstruct", images, said, np.ascontiguousarray(slices).tobytes()))
+    identity = str(uid_of("rtstruct", images, said, slices.tobytes()))
     dataset = _head(reference, algorithm, identity, moment)
     dataset.ReferencedFrameOfReferenceSequence = [_referenced(reference)]
     dataset.StructureSetROISequence = [_region(label, reference, algorithm) for label in label_map.labels]
-    dataset.ROIContourSequence = [_contours(label, slices == label.number, reference) for label in label_map.labels]
+    boxes = _boxes(slices)
+    dataset.ROIContourSequence = [
+        _contours(label, slices, boxes.get(label.number), reference) for label in label_map.labels
+    ]
     dataset.RTROIObservationsSequence = [
         _observation(label, term) for label, term in zip(label_map.labels, terms, strict=True)
     ]
@@ -232,7 +236,8 @@ def _head(reference: Reference, algorithm: Algorithm, identity: str, moment: dat
     out.file_meta = FileMetaDataset()
     out.file_meta.MediaStorageSOPClassUID = out.SOPClassUID
     out.file_meta.MediaStorageSOPInstanceUID = out.SOPInstanceUID
-    out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    # With explicit ones a contour of 2,000 points is too long for its value representation.
+    out.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     return out
 
 
@@ -270,19 +275,31 @@ def _region(label: Label, reference: Reference, algorithm: Algorithm) -> Dataset
     return item
 
 
-def _contours(label: Label, mask: NDArray[np.bool_], reference: Reference) -> Dataset:
-    """Contours of a mask (slices, rows, columns), with the image that each lies on."""
+def _boxes(slices: NDArray[Any]) -> dict[int, tuple[slice, ...]]:
+    """The box of each number that there is, found once for all."""
+    from scipy.ndimage import find_objects
+
+    return {number: box for number, box in enumerate(find_objects(slices), start=1) if box is not None}
+
+
+def _contours(label: Label, slices: NDArray[Any], box: tuple[slice, ...] | None, reference: Reference) -> Dataset:
+    """Contours of a label in (slices, rows, columns), with the image that each lies on."""
     item = Dataset()
     item.ROIDisplayColor = list(colour(label.number))
     item.ReferencedROINumber = label.number
+    if box is None:
+        return item
     contours: list[Dataset] = []
-    for k in np.flatnonzero(mask.any(axis=(1, 2))):
+    corner = np.array([box[1].start, box[2].start])
+    for k, mask in enumerate(slices[box] == label.number, start=box[0].start):
+        if not mask.any():
+            continue
         image = _image(reference.first, reference.frames[k]) if reference.frames else _image(reference.datasets[k])
-        for outline in outlines(mask[k]):
-            index = np.column_stack([outline[:, 1], outline[:, 0], np.full(len(outline), k)])
+        for outline in outlines(mask):
+            rows, columns = (outline + corner).T
+            index = np.column_stack([columns, rows, np.full(len(rows), k)])
             contours.append(_contour(reference.grid.to_world(index) @ LPS[:3, :3], image, len(contours) + 1))
-    if contours:
-        item.ContourSequence = contours
+    item.ContourSequence = contours
     return item
 
 
@@ -292,7 +309,9 @@ def _contour(points: Points, image: Dataset, number: int) -> Dataset:
     item.ContourGeometricType = "CLOSED_PLANAR"
     item.NumberOfContourPoints = len(points)
     item.ContourNumber = number
-    item.ContourData = [f"{value:.4f}" for value in (points + 0.0).ravel()]
+    text = "\\".join(f"{value:.4f}" for value in (points + 0.0).ravel())
+    # As one text: an object for each number takes pydicom ten times as long.
+    item[_CONTOUR_DATA] = DataElement(_CONTOUR_DATA, "DS", text, already_converted=True)
     return item
 
 
@@ -332,16 +351,19 @@ def _read(
     found = {number: regions[number] for number in contours}
     found = _renumbered(found, labels)
     axis = _flat_axis([onto.to_index(points) for rings in contours.values() for points in rings], onto)
-    values = np.zeros(onto.shape, dtype=np.min_scalar_type(max((r.number for r in found.values()), default=0)))
+    # Each slice in one piece of memory.
+    shape = onto.shape[axis], *(n for a, n in enumerate(onto.shape) if a != axis)
+    slices = np.zeros(shape, dtype=np.min_scalar_type(max((r.number for r in found.values()), default=0)))
     clashes: dict[tuple[int, int], int] = {}
     for number, rings in contours.items():
         for k, mask in _slices(rings, onto, axis):
-            there = np.moveaxis(values, axis, 0)[k]
+            there = slices[k]
             for other in np.unique(there[mask & (there != 0)]):
                 pair = (int(other), found[number].number)
                 clashes[pair] = clashes.get(pair, 0) + int(np.count_nonzero(mask & (there == other)))
             there[mask & (there == 0)] = found[number].number
     refuse_overlaps(clashes, {r.number: r.name for r in found.values()})
+    values = np.moveaxis(slices, 0, axis)
     return LabelsRead(LabelMap(values, onto, labels or LabelSet(tuple(found.values()))), tuple(notes))
 
 
@@ -393,7 +415,8 @@ def _closed(dataset: Dataset, regions: dict[int, Label], name: str) -> tuple[dic
 
 def _points(contour: Dataset) -> Points:
     try:
-        values = np.array([float(v) for v in contour.ContourData])
+        said = contour.get_item(_CONTOUR_DATA).value
+        values = np.array(said.split(b"\\") if isinstance(said, bytes) else said, dtype=np.float64)
     except (AttributeError, TypeError, ValueError):
         values = np.empty(0)
     if len(values) < 3 or len(values) % 3 or not np.isfinite(values).all():

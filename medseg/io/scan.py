@@ -34,7 +34,8 @@ def read_scan(path: Path, series: int | None = None, *, progress: Progress = sil
     """The volume of a NIfTI, NRRD or MetaImage file, or of a DICOM file, folder or zip, and what to
     know of it.
 
-    ``series`` chooses one of `find_series` by its number. Raises InputError where several series
+    ``series`` chooses one of `find_series` by its number. ``progress`` sees the files as they are
+    looked at, and then the slices as they are read. Raises InputError where several series
     could be meant, where a file beside the series is too damaged to say whether it belongs to it
     (unless ``series`` chooses all the same), and for all that the readers refuse.
     """
@@ -42,7 +43,7 @@ def read_scan(path: Path, series: int | None = None, *, progress: Progress = sil
         if series is not None:
             raise InputError(f"{path.name} is no DICOM series", "Leave out --series")
         return _read_image(path), ()
-    found = find_series(path)
+    found = find_series(path, progress=progress)
     chosen = choose(found, series)
     damaged = sum(s.slices for s in found if s.kind == "damaged")
     if damaged and series is None:

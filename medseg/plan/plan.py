@@ -149,12 +149,18 @@ class Training(Strict):
 
 
 class Plan(Strict):
-    """Everything a run needs to know besides paths, device, seed and budget."""
+    """Everything a run needs to know besides paths, device, seed and budget.
+
+    ``optional_channels`` may be missing at prediction, and are then as if they held their mean
+    throughout. They may not be the first. Whether the network can do without them is a question of
+    how it was trained, which the plan does not answer.
+    """
 
     format: Literal[1] = 1
     task: str
     channels: Annotated[tuple[str, ...], Field(min_length=1)]
     labels: Annotated[tuple[LabelEntry, ...], Field(min_length=1)]
+    optional_channels: Decision[tuple[str, ...]] = Decision(value=())
     normalisation: Decision[tuple[Normalisation, ...]]
     configurations: Annotated[dict[str, Configuration], Field(min_length=1)]
     training: Training
@@ -164,6 +170,13 @@ class Plan(Strict):
     def _channels_and_labels_agree(self) -> Plan:
         if [n.channel for n in self.normalisation.value] != list(self.channels):
             raise ValueError("normalisation needs one entry per channel, in their order")
+        if strange := set(self.optional_channels.value) - set(self.channels[1:]):
+            raise ValueError(
+                f"{sorted(strange)[0]!r} cannot be an optional channel: they are among {', '.join(self.channels[1:])}; "
+                "the first is needed, since results lie on its grid"
+                if len(self.channels) > 1
+                else "the only channel cannot be optional"
+            )
         try:
             _ = self.label_set
         except InputError as error:

@@ -3,6 +3,7 @@ patch and width scaled to the machine at hand."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,10 +54,18 @@ class Machine:
         return 320 if self.kind == "gpu" else 128
 
 
-def plan(measured: Fingerprint, labels: LabelSet, *, machine: str = "cpu", epochs: int | None = None) -> Plan:
+def plan(
+    measured: Fingerprint,
+    labels: LabelSet,
+    *,
+    machine: str = "cpu",
+    epochs: int | None = None,
+    optional_channels: Sequence[str] = (),
+) -> Plan:
     """Decide how to train on a task, and say why.
 
-    ``machine`` is ``cpu`` or ``gpu``. Raises InputError where a label is in no case.
+    ``machine`` is ``cpu`` or ``gpu``; ``optional_channels`` are those that a scan may lack. Raises
+    InputError where a label is in no case, and for an optional channel that is the first or none.
     """
     if machine not in ("cpu", "gpu"):
         raise InputError(f"no plan is made for the machine {machine!r}", "Say cpu or gpu")
@@ -72,11 +81,27 @@ def plan(measured: Fingerprint, labels: LabelSet, *, machine: str = "cpu", epoch
         task=measured.task,
         channels=tuple(i.channel for i in measured.intensities),
         labels=tuple(LabelEntry(name=label.name, number=label.number, code=label.code) for label in labels),
+        optional_channels=_optional(optional_channels, [i.channel for i in measured.intensities]),
         normalisation=_normalisation(measured),
         configurations=configurations,
         training=_training(epochs),
         fingerprint=measured.digest(),
     )
+
+
+def _optional(names: Sequence[str], channels: Sequence[str]) -> Decision[tuple[str, ...]]:
+    if strange := [name for name in names if name not in channels[1:]]:
+        others = ", ".join(channels[1:]) or "none, there being one channel"
+        raise InputError(
+            f"{strange[0]!r} cannot be an optional channel", f"Results lie on the first one's grid; others are {others}"
+        )
+    reason = "a scan must have every channel"
+    if names:
+        reason = (
+            "as asked for; where one is missing its mean stands in its place, so train on cases that lack it now and "
+            "then, or expect worse results without it"
+        )
+    return Decision(value=tuple(c for c in channels if c in names), reason=reason)
 
 
 def _normalisation(measured: Fingerprint) -> Decision[tuple[Normalisation, ...]]:

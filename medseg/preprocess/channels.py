@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.resample import resample
 from medseg.core.volume import Volume
+from medseg.plan.plan import Normalisation
 
 if TYPE_CHECKING:
     import SimpleITK as sitk  # noqa: N813
@@ -74,6 +75,27 @@ def assemble(volumes: Mapping[str, Volume]) -> Volume:
         lowest = min(0.0, float(volume.values.min()))
         values.append(resample(volume, onto=fixed.grid, fill=lowest).values[0])
     return Volume(np.stack(values), fixed.grid)
+
+
+def complete(volume: Volume, present: Sequence[str], rules: Sequence[Normalisation]) -> Volume:
+    """The scan with one channel for each of the rules, from the channels that are ``present``.
+
+    One that is missing holds what normalisation brings to zero: the mean of a CT, and 0 where
+    each case is scaled by itself.
+    """
+    if len(present) == len(rules):
+        return volume
+    given = dict(zip(present, volume.values, strict=True))
+    shape = volume.grid.shape
+    return Volume(
+        np.stack(
+            [
+                given[rule.channel] if rule.channel in given else np.full(shape, rule.mean or 0, dtype=np.float32)
+                for rule in rules
+            ]
+        ),
+        volume.grid,
+    )
 
 
 def overlap(moving: Grid, fixed: Grid) -> float:

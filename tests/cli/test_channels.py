@@ -134,6 +134,56 @@ def test_what_is_refused(two: Path, medseg: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("x*"))
 
 
+@pytest.fixture
+def optional(two: Path, medseg: Any, tmp_path: Path) -> Path:
+    """The model, its plan edited by a person to do without ADC: one epoch from the same data."""
+    shutil.copytree(two / "run", tmp_path / "run")
+    path = tmp_path / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+    assert plan["optional_channels"] == {"value": [], "reason": "a scan must have every channel"}
+    plan["optional_channels"]["value"] = ["ADC"]
+    path.write_text(json.dumps(plan))
+    for folder in ("3d", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    for verb in (["preprocess", tmp_path / "run", "--threads", 1], ["train", tmp_path / "run", "--epochs", 1, *QUICK]):
+        assert medseg(*verb).status == 0
+    return tmp_path / "run" / "3d" / "fold0" / "model"
+
+
+def test_a_channel_that_the_model_can_do_without(two: Path, optional: Path, medseg: Any, tmp_path: Path) -> None:
+    given = ("predict", "--channel", f"T2={two / 't2.nii.gz'}", "-m", optional, *QUICK)
+    outcome = medseg(*given, "-o", tmp_path / "a.nii.gz")
+    assert outcome.status == 0, outcome
+    words = "ADC was not given; its mean stands in its place, and the result may be worse"
+    assert f"warning: {words}" in outcome.out
+    side = json.loads((tmp_path / "a.json").read_text())
+    assert words in side["warnings"]
+    assert side["channels"][1] == {"name": "ADC", "scan": None}
+    # A channel of zeros is the same: that is what it stands for.
+    image = nib.load(two / "whole.nii.gz")
+    values = np.asarray(image.dataobj).copy()
+    values[..., 1] = 0
+    nib.save(nib.Nifti1Image(values, image.affine), tmp_path / "zeros.nii.gz")
+    assert medseg("predict", tmp_path / "zeros.nii.gz", "-m", optional, "-o", tmp_path / "b.nii.gz", *QUICK).status == 0
+    found, other = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("a.nii.gz", "b.nii.gz"))
+    np.testing.assert_array_equal(found, other)
+    adc = ("--channel", f"ADC={two / 'adc.nii.gz'}")
+    medseg("predict", *adc, "-m", optional).refused("channel T2 is missing", "T2, ADC (may be missing)")
+
+
+def test_plan_names_what_may_be_missing(two: Path, medseg: Any, tmp_path: Path) -> None:
+    task = two / "Task00_blobs"
+    done = medseg("plan", task, "-o", tmp_path / "run", "--optional-channel", "ADC", "--machine", "cpu", "--folds", 2)
+    assert done.status == 0, done
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["optional_channels"]["value"] == ["ADC"]
+    assert "train on cases that lack it" in plan["optional_channels"]["reason"]
+    for name in ("T2", "FLAIR"):
+        medseg("plan", task, "-o", tmp_path / "other", "--optional-channel", name).refused(
+            f"'{name}' cannot be an optional channel", "others are ADC"
+        )
+
+
 def _far(affine: Any) -> Any:
     away = np.array(affine)
     away[:3, 3] += 900

@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from medseg.io.dicom_seg import read_seg
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.nifti import read_raw_labels
 
 VALUES = np.arange(7 * 6 * 4).reshape(7, 6, 4)
@@ -86,6 +86,18 @@ def test_options_of_a_seg(scan: Path, mask: Path, medseg: Any, tmp_path: Path) -
     assert np.unique(read_raw_labels(tmp_path / "one.nii")[0]).tolist() == [0, 2]
     # Without the scan, the grid is that of the frames that are there.
     assert read_seg(made, only=["blob"]).label_map.grid.shape == (7, 6, 2)
+
+
+def test_an_empty_label_map_makes_an_empty_object(scan: Path, mask: Path, medseg: Any, tmp_path: Path) -> None:
+    image = nib.load(mask)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), tmp_path / "empty.nii.gz")
+    seg = ("--to", "dicom-seg", "--reference", scan, "--labels", tmp_path / "dataset.json")
+    done = medseg("convert", tmp_path / "empty.nii.gz", "-o", tmp_path / "a.dcm", *seg)
+    assert done.status == 0, done
+    assert "note: the label map is empty, and a.dcm says so" in done.out
+    assert medseg("convert", tmp_path / "a.dcm", "-o", tmp_path / "b.nii", "--reference", scan).status == 0
+    values, grid = read_raw_labels(tmp_path / "b.nii")
+    assert (values.any(), grid.shape) == (False, (7, 6, 4))
 
 
 def test_refusals(scan: Path, mask: Path, medseg: Any, tmp_path: Path) -> None:

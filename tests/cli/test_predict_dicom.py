@@ -11,7 +11,9 @@ import numpy as np
 import pydicom
 import pytest
 
-from medseg.io.dicom_seg import read_seg
+from medseg.core.volume import LabelMap
+from medseg.infer import predict as infer
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.reference import read_reference
 from medseg.io.rtstruct import read_rtstruct
 
@@ -51,6 +53,35 @@ def test_the_result_is_an_object_of_the_same_study(
         assert word not in side + done.out + done.err
     # What medseg wrote it may write again.
     assert medseg("predict", *common, "--to", kind, "-o", path).status == 0
+
+
+def nothing(volume: Any, plan: Any) -> Any:
+    zeros = np.zeros(volume.grid.shape, dtype=np.uint8)
+    return LabelMap(zeros, volume.grid, plan.label_set), np.ones(zeros.shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("kind", ["dicom-seg", "rtstruct"])
+def test_nothing_found_is_written_and_said(
+    kind: str, made: Any, scan: Path, medseg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over an earlier result that found something."""
+    output = tmp_path / "a.dcm"
+    common = ("-m", made.model, "--device", "cpu", "--threads", 1, "--to", kind, "-o", output)
+    assert medseg("predict", scan, *common).status == 0
+    earlier = output.read_bytes()
+    monkeypatch.setattr(infer, "segment", lambda networks, volume, plan, *rest: nothing(volume, plan))
+    done = medseg("predict", scan, *common)
+    assert done.status == 0, done
+    assert "warning: nothing was found" in done.out
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["warnings"] == ["nothing was found"]
+    assert [organ["voxels"] for organ in record["organs"]] == [0, 0]
+    written = pydicom.dcmread(output)
+    assert output.read_bytes() != earlier
+    if kind == "dicom-seg":
+        assert not any(written.PixelData)
+    else:
+        assert not any("ContourSequence" in region for region in written.ROIContourSequence)
 
 
 def test_refusals(made: Any, scan: Path, medseg: Any, tmp_path: Path) -> None:

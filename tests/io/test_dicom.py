@@ -106,6 +106,20 @@ def test_no_preamble_and_no_other_file_in_the_way(dicom_series: Any, tmp_path: P
     assert (read_series(only(tmp_path)).values == 7 - 1000).all()
 
 
+def test_progress_is_told_of_files_and_of_slices(dicom_series: Any, tmp_path: Path) -> None:
+    dicom_series(tmp_path)
+    (tmp_path / "notes.txt").write_text("not DICOM")
+    seen = []
+
+    def watch(rows: Any, total: int) -> Any:
+        rows = list(rows)
+        seen.append((total, len(rows)))
+        return rows
+
+    read_scan(tmp_path, progress=watch)
+    assert seen == [(5, 5), (4, 4)]
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no DICOM image"):
         find_series(tmp_path)

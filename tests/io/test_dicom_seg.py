@@ -17,7 +17,8 @@ from medseg.core.labels import Label, LabelSet
 from medseg.core.terminology import default_terminology
 from medseg.core.volume import LabelMap
 from medseg.io.dicom import choose, find_series
-from medseg.io.dicom_seg import Algorithm, read_seg, write_seg
+from medseg.io.dicom_seg import Algorithm, write_seg
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.itk import read_itk_labels
 from medseg.io.reference import read_reference, reference_of
 from medseg.io.rtstruct import read_rtstruct, write_rtstruct
@@ -174,12 +175,40 @@ def test_float_jitter_is_no_other_grid(write: Write, series: list[Path], tmp_pat
 
 
 @WRITERS
-def test_nothing_and_what_is_not_listed_are_refused(write: Write, series: list[Path], tmp_path: Path) -> None:
+def test_labels_that_are_not_listed_are_refused(write: Write, series: list[Path], tmp_path: Path) -> None:
     good = drawn(series)
-    with pytest.raises(InputError, match="the label map is empty"):
-        write(tmp_path / "a.dcm", LabelMap(np.zeros_like(good.values), good.grid, LABELS), series, MODEL)
+    with pytest.raises(InputError, match="has no labels"):
+        write(tmp_path / "a.dcm", LabelMap(np.zeros_like(good.values), good.grid, LabelSet(())), series, MODEL)
     with pytest.raises(InputError, match="has the value 7, which is not listed"):
         write(tmp_path / "a.dcm", LabelMap(good.values, good.grid, LabelSet.from_names(["a", "b", "c"])), series, MODEL)
+
+
+@pytest.mark.parametrize("kind", ["binary", "labelmap"])
+def test_nothing_found_is_a_result(kind: Any, series: list[Path], tmp_path: Path) -> None:
+    """A SEG has a frame or it is none, so one that is empty says it; all segments and images are named."""
+    empty = np.zeros_like(drawn(series).values)
+    label_map = LabelMap(empty, drawn(series).grid, LABELS)
+    write_seg(tmp_path / "a.dcm", label_map, series, MODEL, kind=kind)
+    made = pydicom.dcmread(tmp_path / "a.dcm")
+    assert made.NumberOfFrames == 1
+    assert not any(made.PixelData)
+    assert [s.SegmentLabel for s in made.SegmentSequence if s.SegmentNumber] == list(LABELS.names)
+    assert len(made.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == len(series)
+    read = read_seg(tmp_path / "a.dcm", onto=label_map.grid).label_map
+    assert not read.values.any()
+    assert read.labels.names == LABELS.names
+    assert not empty.any()
+
+
+def test_regions_without_contours_are_a_result(series: list[Path], tmp_path: Path) -> None:
+    label_map = LabelMap(np.zeros_like(drawn(series).values), drawn(series).grid, LABELS)
+    write_rtstruct(tmp_path / "a.dcm", label_map, series, MODEL)
+    made = pydicom.dcmread(tmp_path / "a.dcm")
+    assert [r.ROIName for r in made.StructureSetROISequence] == list(LABELS.names)
+    assert not any("ContourSequence" in r for r in made.ROIContourSequence)
+    # A planner's region without contours may be one that nobody has drawn yet.
+    with pytest.raises(InputError, match="no region has closed contours"):
+        read_rtstruct(tmp_path / "a.dcm", label_map.grid)
 
 
 def spoilt(series: list[Path], change: Callable[[Any, int], None]) -> list[Path]:

@@ -30,7 +30,8 @@ from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap
-from medseg.io.dicom_seg import Algorithm, read_seg, write_seg
+from medseg.io.dicom_seg import Algorithm, write_seg
+from medseg.io.dicom_seg_read import read_seg
 from medseg.io.nifti import read_labels, write_labels
 from medseg.io.reference import read_reference
 from medseg.io.rtstruct import read_rtstruct, write_rtstruct
@@ -303,7 +304,8 @@ def test_dciodvfy_finds_no_error(tmp_path: Path, kind: str, orientation: str) ->
         truth.label_map.grid,
         LabelSet((*LABELS.labels, Label("kidney tumour", 6), Label("right blob", 7))),
     )
-    for label_map in (truth.label_map, unknown):
+    empty = LabelMap(np.zeros_like(truth.label_map.values), truth.label_map.grid, LABELS)
+    for label_map in (truth.label_map, unknown, empty):
         write(tmp_path / name, truth, label_map)
         ran = subprocess.run([validator, "-new", tmp_path / name], capture_output=True, text=True, check=False)
         said = (ran.stdout + ran.stderr).splitlines()

@@ -16,6 +16,7 @@ SOUND: dict[str, Any] = {
     "task": "Task99_Test",
     "channels": ["CT", "PET"],
     "labels": [{"name": "liver", "number": 1, "code": "SCT:10200004"}, {"name": "tumour", "number": 7, "code": None}],
+    "optional_channels": {"value": ["PET"], "reason": "why"},
     "normalisation": {
         "value": [
             {"channel": "CT", "kind": "ct", "low": -100.0, "high": 250.0, "mean": 80.0, "std": 40.0},
@@ -134,6 +135,10 @@ def test_what_it_answers() -> None:
 def test_whole_numbers_do_for_floats_as_people_write_them() -> None:
     plan = parse_plan(changed((*C3, "spacing", "value"), [1, 1, 2]), "it")
     assert plan.configuration("3d").spacing.value == (1.0, 1.0, 2.0)
+
+
+def test_no_channel_is_optional_unless_it_is_said() -> None:
+    assert parse_plan(changed(("optional_channels",), ...), "it").optional_channels.value == ()
 
 
 def test_reasons_may_be_left_out() -> None:
@@ -281,6 +286,8 @@ def test_a_misspelt_key_is_refused_by_its_name(where: Path_) -> None:
         ((*NETWORK, "strides", 1), [8, 2, 1], "kernels are odd, strides no longer"),
         (("channels",), ["PET", "CT"], "normalisation needs one entry per channel, in their order"),
         (("channels",), ["CT"], "normalisation needs one entry per channel"),
+        (("optional_channels", "value"), ["CT"], "'CT' cannot be an optional channel: they are among PET"),
+        (("optional_channels", "value", 0), "T2", "'T2' cannot be an optional channel"),
         (("normalisation", "value", 0, "mean"), None, "ct needs low, high, mean and std"),
         (("normalisation", "value", 0, "low"), 251, "low 251.0 is above high 250.0"),
         (("labels", 1, "number"), 1, "label number 1 comes twice"),

@@ -219,7 +219,7 @@ def test_every_plan_fits_its_bounds_and_says_why(cases: Any, machine: str) -> No
         assert (np.array(c.spacing.value) >= lows - 1e-6).all()
         assert (np.array(c.spacing.value) <= highs + 1e-6).all()
     found = decisions(decided)
-    assert len(found) == 1 + 2 * 4 + 5
+    assert len(found) == 2 + 2 * 4 + 5
     assert all(d.reason.strip() for d in found)
     assert decided.fingerprint == fingerprint.digest()
     assert parse_plan(decided.model_dump(mode="json"), "it") == decided

@@ -11,7 +11,9 @@ from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.resample import resample
 from medseg.core.volume import Volume
-from medseg.preprocess.channels import Alignment, assemble, overlap, register
+from medseg.plan.plan import Normalisation
+from medseg.preprocess.channels import Alignment, assemble, complete, overlap, register
+from medseg.preprocess.normalise import normalise
 
 GRID = Grid.from_spacing((40, 48, 36), (2, 2, 2), (-40, -48, 10))
 
@@ -148,6 +150,27 @@ def test_what_cannot_be_channels() -> None:
     sliver = scan(Grid.from_spacing((9, 9, 9), (1, 1, 1), (-4, -4, 40)), T2)
     with pytest.raises(InputError, match=r"cannot be aligned|do not overlap"):
         register(sliver, FIXED)
+
+
+def test_a_missing_channel_is_zero_once_normalised() -> None:
+    ct = {"kind": "ct", "low": -100, "high": 200, "mean": 33.3, "std": 17}
+    rules = tuple(
+        Normalisation.model_validate({"channel": name, **rule})
+        for name, rule in (
+            ("T1", {"kind": "zscore"}),
+            ("CT", ct),
+            ("T2", {"kind": "zscore"}),
+            ("DWI", {"kind": "zscore"}),
+        )
+    )
+    whole = complete(Volume(np.stack([FIXED.values[0], FIXED.values[0] + 1]), GRID), ["T1", "T2"], rules)
+    out = normalise(whole, rules).values
+    assert whole.channels == 4
+    assert not out[1].any()
+    assert not out[3].any()
+    np.testing.assert_array_equal(out[0], normalise(FIXED, rules[:1]).values[0])
+    np.testing.assert_array_equal(whole.values[2], FIXED.values[0] + 1)
+    assert complete(FIXED, ["T1"], rules[:1]) is FIXED
 
 
 def test_an_alignment_moves_the_grid_and_no_voxel() -> None:
