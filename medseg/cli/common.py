@@ -105,6 +105,24 @@ class Duration(click.ParamType[float]):
         return seconds
 
 
+class Memory(click.ParamType[int]):
+    """Bytes from ``4GiB``, ``500MiB``, ``4GB`` or ``4G`` (which means GiB)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, above zero."""
+        units = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?b)?", str(value).strip().lower())
+        if not found:
+            self.fail(f"{value!r} is no size; write 4GiB or 500MiB", param, ctx)
+        unit = units[found[2]] if found[3] != "b" else 1000 ** ("kmgt".index(found[2]) + 1)
+        size = int(float(found[1]) * unit)
+        if size <= 0:
+            self.fail("a size must be above zero", param, ctx)
+        return size
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where a run on one task keeps its files; `medseg plan` makes it."""

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from medseg.cli.channels import ChannelScan, parse_channels, read_channels
-from medseg.cli.common import FOLDER, device_option, progress, table, threads_option, use_cores
+from medseg.cli.channels import read_channels
+from medseg.cli.common import FOLDER, Memory, device_option, progress, table, threads_option, use_cores
 from medseg.cli.convert import TARGETS, reference_for, write_dicom
+from medseg.cli.jobs import Job, Shard, job_of_channels, jobs_held_out, jobs_of, listed
+from medseg.core.errors import InputError, MedsegError
+from medseg.core.progress import silent
 
 if TYPE_CHECKING:
+    from medseg.core.volume import LabelMap, Volume
     from medseg.infer.predict import Prediction, Predictor
-    from medseg.plan.plan import Plan
+    from medseg.io.reference import Reference
 
 _SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory")
 
 
 @dataclass(frozen=True)
-class Job:
-    """A scan (the first, where channels come as several) and where its label map goes."""
+class Wishes:
+    """What is wanted of each scan. Those that change the labels are told in the sidecar."""
 
-    name: str
-    scan: Path
-    output: Path
-    channels: tuple[ChannelScan, ...] = ()
-    align: bool = False
-    to: str = "nifti"
+    only: tuple[str, ...] = ()
+    smallest_mm3: float = 0.0
+    quality: bool = False
+    split: bool = False
+    save_probabilities: bool = False
+    save_uncertainty: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """A scan in memory, and what is known of it."""
+
+    volume: Volume
+    notes: tuple[str, ...]
+    parts: list[dict[str, Any]]
+    reference: Reference | None
 
 
 @click.command()
@@ -43,7 +62,26 @@ class Job:
     "--channel", "channels", metavar="NAME=SCAN", multiple=True, help="Instead of SCANS: one channel of one case."
 )
 @click.option("--register", "align", is_flag=True, help="Align the channels to the first one, rigidly.")
+@click.option("--list", "list_file", type=FOLDER, help="A text file that names more scans, one a line.")
 @click.option("--held-out", is_flag=True, help="SCANS is a task: predict the cases that the model was not trained on.")
+@click.option("--shard", metavar="I/N", help="Only part I of N of the scans, for array jobs.")
+@click.option("--skip-done", is_flag=True, help="Leave out scans whose result this model has written before.")
+@click.option("--only", multiple=True, help="Give this structure, and no others; may be repeated.")
+@click.option(
+    "--smallest",
+    "smallest_mm3",
+    metavar="MM3",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Take away smaller pieces.",
+)
+@click.option("--split", is_flag=True, help="Also write each structure as a mask of its own, in a folder.")
+@click.option("--save-probabilities", is_flag=True, help="Also write the probability of every structure.")
+@click.option("--save-uncertainty", is_flag=True, help="Also write 1 less the probability of each voxel's label.")
+@click.option("--quality", is_flag=True, help="Tiles that overlap by half, however long it takes.")
+@click.option(
+    "--memory", type=Memory(), help="Take no more memory than this, as 4GiB.  [default: most of what is free]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @device_option
 @threads_option
@@ -55,10 +93,15 @@ def predict(
     series: int | None,
     channels: tuple[str, ...],
     align: bool,
+    list_file: Path | None,
     held_out: bool,
+    shard: str | None,
+    skip_done: bool,
+    memory: int | None,
     as_json: bool,
     device: str,
     threads: int | None,
+    **wishes: Any,
 ) -> None:
     """Segment SCANS: NIfTI files or folders of them; DICOM files, folders or zips.
 
@@ -68,40 +111,49 @@ def predict(
     A case whose channels are several scans is named by --channel T2=t2.nii.gz --channel
     ADC=adc.nii.gz (or ADC=FOLDER#4, the fourth DICOM series); its result lies on the grid of the
     model's first channel. One that the model's plan lists as optional may be left out.
-    A scan that fails does not stop the others.
+    A scan that fails does not stop the others, and is listed at the end. A run that was stopped goes
+    on with --skip-done. Tasks of an array name their part with --shard; run once more with
+    --skip-done and no --shard, the command writes the index of them all.
     """
-    from medseg.core.errors import InputError, MedsegError
-    from medseg.io.sidecar import write_index
     from medseg.models.package import load_package
 
-    if not channels and (align or not scans):
+    if not channels and (align or not (scans or list_file)):
         raise InputError(
             "--register goes with --channel" if align else "no scan is named", "Name SCANS, or each --channel NAME=SCAN"
         )
     if held_out and to != "nifti":
         raise InputError(f"--held-out goes with NIfTI, not with --to {to}", "Leave out --to")
+    if list_file:
+        scans = (*scans, *listed(list_file))
+    part = Shard.parse(shard) if shard else None
     use_cores(threads)
     from medseg.infer.predict import Predictor
 
     package = load_package(model)
-    predictor = Predictor(package, device)
+    wanted = Wishes(**wishes)
+    predictor = Predictor(package, device, memory=memory, threads=threads)
     if channels:
-        jobs = [_of_channels(channels, package.plan, align, output, scans or series or held_out, to)]
+        jobs = [job_of_channels(channels, package.plan, align, output, scans or series or held_out, to)]
     else:
-        jobs = _held_out(scans, output, package.held_out) if held_out else _jobs(scans, output, to)
-    if series is not None and len(jobs) > 1:
-        raise InputError(f"--series {series} for {len(jobs)} scans", "Name one scan with it")
+        jobs = jobs_held_out(scans, output, package.held_out) if held_out else jobs_of(scans, output, to, series=series)
+    if part:
+        jobs = part.of(jobs)
+    done = [job for job in jobs if skip_done and _is_done(job, predictor.digest, wanted)]
+    left = [job for job in jobs if job not in done] if done else jobs
+    predictor.scans_held = min(2, len(left))
+    index = _Index(output if output and output.is_dir() else None, part)
+    index.forget()
     results: list[dict[str, Any]] = []
     failed: list[tuple[Job, MedsegError]] = []
-    for job in progress("predict")(jobs, len(jobs)):
-        try:
-            results.append(_one(job, predictor, series))
-        except MedsegError as error:
-            failed.append((job, error))
-            click.echo(f"medseg: {job.scan.name}: {error}", err=True)
+    with _stopping():
+        for job, outcome in progress("predict")(_run(left, predictor, wanted), len(left)):
+            if isinstance(outcome, MedsegError):
+                failed.append((job, outcome))
+                click.echo(f"medseg: {job.scan.name}: {outcome}", err=True)
+            else:
+                results.append(outcome)
     faults = {job.name: str(error) for job, error in failed}
-    if output and output.is_dir():
-        write_index(output, package.name, {j.name: j.output.name for j in jobs if j.name not in faults}, faults)
+    index.write(package.name, {j.name: j.output.name for j in jobs if j.name not in faults}, faults)
     if as_json:
         click.echo(json.dumps({"format": 1, "predictions": results, "failed": faults}))
     elif len(jobs) == 1 or not held_out:
@@ -109,6 +161,8 @@ def predict(
             _show(result)
     else:
         click.echo(f"{len(results)} cases predicted into {output}")
+    if done and not as_json:
+        click.echo(f"{len(done)} of {len(jobs)} scans were done before")
     if failed:
         if len(jobs) > 1:
             names = ", ".join(job.scan.name for job, _ in failed)
@@ -116,68 +170,244 @@ def predict(
         raise SystemExit(max(error.exit_status for _, error in failed))
 
 
-def _one(job: Job, predictor: Predictor, series: int | None) -> dict[str, Any]:
-    from medseg.core.errors import MedsegError
-    from medseg.io.dicom_seg import Algorithm
-    from medseg.io.files import write_json
-    from medseg.io.nifti import write_labels
+@dataclass(frozen=True)
+class _Index:
+    """The list of results in an output folder, of a shard's or of all of them. It is taken away when a
+    run begins and written when it ends, so that none that breaks off leaves a list that speaks of an
+    earlier one."""
+
+    folder: Path | None
+    shard: Shard | None
+
+    def forget(self) -> None:
+        if self.folder:
+            self._path(self.folder).unlink(missing_ok=True)
+
+    def write(self, model: str, cases: dict[str, str], failed: dict[str, str]) -> None:
+        from medseg.io.sidecar import write_index
+
+        if self.folder:
+            write_index(self._path(self.folder), model, cases, failed)
+
+    def _path(self, folder: Path) -> Path:
+        from medseg.io.sidecar import INDEX
+
+        if self.shard is None:
+            return folder / INDEX
+        return folder / INDEX.replace(".json", f".{self.shard.number}-of-{self.shard.count}.json")
+
+
+def _run(jobs: list[Job], predictor: Predictor, wishes: Wishes) -> Iterator[tuple[Job, dict[str, Any] | MedsegError]]:
+    """Each job and its record, or why there is none. The next scan is read, and the last result
+    written, while one is computed."""
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        unwritten: list[tuple[Job, Future[dict[str, Any]]]] = []
+        try:
+            for job, reading in _ahead(reader, jobs, predictor):
+                try:
+                    scan = reading.result()
+                    result = _computed(job, scan, predictor, wishes, bar=len(jobs) == 1)
+                except MedsegError as error:
+                    yield job, error
+                else:
+                    unwritten.append((job, writer.submit(_written, job, scan, result, predictor, wishes)))
+                    del scan, result
+                del reading
+                while len(unwritten) > 1:
+                    yield _outcome(*unwritten.pop(0))
+            for one in unwritten:
+                yield _outcome(*one)
+        finally:
+            reader.shutdown(cancel_futures=True)
+            writer.shutdown(cancel_futures=True)
+
+
+def _ahead(reader: ThreadPoolExecutor, jobs: list[Job], predictor: Predictor) -> Iterator[tuple[Job, Future[Read]]]:
+    """Each job once its scan is read, and the reading of the next begun."""
+    following: Future[Read] | None = None
+    for number, job in enumerate(jobs):
+        current = following or reader.submit(_read, job, predictor, bar=len(jobs) == 1)
+        wait([current])
+        following = reader.submit(_read, jobs[number + 1], predictor, bar=False) if number + 1 < len(jobs) else None
+        yield job, current
+
+
+def _outcome(job: Job, writing: Future[dict[str, Any]]) -> tuple[Job, dict[str, Any] | MedsegError]:
+    try:
+        return job, writing.result()
+    except MedsegError as error:
+        return job, error
+
+
+def _read(job: Job, predictor: Predictor, *, bar: bool) -> Read:
     from medseg.io.scan import read_scan
-    from medseg.io.sidecar import require_own, sidecar_of
+    from medseg.io.sidecar import require_own
 
     require_own(job.output)
     # Before the work, so that what cannot be referred to is refused at once.
-    chosen = job.channels[0].series if job.channels else series
-    reference = None if job.to == "nifti" else reference_for(job.scan, chosen, job.to)
-    try:
-        bar = progress("read", unit="file")
-        parts: list[dict[str, Any]] = []
+    reference = None if job.to == "nifti" else reference_for(job.scan, job.series, job.to)
+    with _enough_memory(job):
+        watch = progress("read", unit="file") if bar else silent
         if job.channels:
             rules = predictor.package.plan.normalisation.value
-            volume, notes, parts = read_channels(job.channels, rules, align=job.align, progress=bar)
-        else:
-            volume, notes = read_scan(job.scan, series, progress=bar)
-        made = predictor.predict(volume)
-    except (MemoryError, RuntimeError) as error:
-        # torch has no type of its own for this where it computes on the CPU.
-        if isinstance(error, RuntimeError) and not _SHORT_OF_MEMORY.search(str(error)):
-            raise
-        raise MedsegError(f"{job.scan.name} needs more memory than there is") from None
-    record = _sidecar(job, made, notes)
-    if parts:
-        record["channels"] = parts
+            return Read(*read_channels(job.channels, rules, align=job.align, progress=watch), reference)
+        volume, notes = read_scan(job.scan, job.series, progress=watch)
+        return Read(volume, notes, [], reference)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A prediction; and where it is already, the file of probabilities that belongs to it."""
+
+    made: Prediction
+    probabilities: Path | None = None
+
+
+def _computed(job: Job, scan: Read, predictor: Predictor, wishes: Wishes, *, bar: bool) -> Result:
+    from medseg.io.nifti import ShareFile
+
+    classes = predictor.package.plan.label_set
+    file = _beside(job, "prob") if wishes.save_probabilities else None
+    with _enough_memory(job), ShareFile(file, len(classes) + 1, scan.volume.grid) if file else nullcontext() as kept:
+        made = predictor.predict(
+            scan.volume,
+            only=wishes.only,
+            smallest_mm3=wishes.smallest_mm3,
+            probability=wishes.save_uncertainty,
+            keep=kept.put if kept else None,
+            progress=progress("predict", unit="tile") if bar else silent,
+        )
+    return Result(made, file)
+
+
+def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes: Wishes) -> dict[str, Any]:
+    from medseg.io.dicom_seg import Algorithm
+    from medseg.io.files import write_json
+    from medseg.io.nifti import write_labels, write_shares
+    from medseg.io.sidecar import sidecar_of
+
+    made = result.made
+    record = _sidecar(job, made, scan, wishes)
     side = sidecar_of(job.output)
     staged = side.with_name(f".{side.name}.new")
     try:
+        if made.probability is not None:
+            file = _beside(job, "uncertainty")
+            write_shares(file, 1 - made.probability, made.label_map.grid)
+            record["uncertainty"] = file.name
+        if result.probabilities:
+            record["probabilities"] = result.probabilities.name
+        if wishes.split:
+            record["masks"] = _split(job, made.label_map)
         # Where the disk is full neither takes the place of an earlier one.
         write_json(staged, record)
-        if reference is None:
+        if scan.reference is None:
             write_labels(job.output, made.label_map)
         else:
-            write_dicom(job.output, made.label_map, reference, Algorithm.of_model(made.model), job.to)
+            write_dicom(job.output, made.label_map, scan.reference, Algorithm.of_model(made.model), job.to)
         staged.replace(side)
     finally:
         staged.unlink(missing_ok=True)
     return record
 
 
-def _sidecar(job: Job, made: Prediction, notes: tuple[str, ...]) -> dict[str, Any]:
+def _beside(job: Job, what: str) -> Path:
+    from medseg.io.sidecar import SUFFIX
+
+    return job.output.with_name(f"{_stem(job).removesuffix(SUFFIX)}_{what}.nii.gz")
+
+
+def _stem(job: Job) -> str:
+    from medseg.io.sidecar import sidecar_of
+
+    return sidecar_of(job.output).stem
+
+
+def _split(job: Job, label_map: LabelMap) -> dict[str, str]:
+    """A mask of 0 and 1 for each structure that was found; their paths, from the label map's folder."""
+    from medseg.core.labels import LabelSet
+    from medseg.core.volume import LabelMap
+    from medseg.io.nifti import write_labels
+
+    folder = job.output.with_name(_stem(job))
+    found = {}
+    for label in label_map.labels:
+        mask = (label_map.values == label.number).astype("uint8")
+        name = f"{folder.name}/{label.number:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', label.name).strip('_')}.nii.gz"
+        write_labels(job.output.parent / name, LabelMap(mask, label_map.grid, LabelSet.from_names([label.name])))
+        found[label.name] = name
+    return found
+
+
+@contextmanager
+def _enough_memory(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for this where it computes on the CPU.
+        if isinstance(error, RuntimeError) and not _SHORT_OF_MEMORY.search(str(error)):
+            raise
+        raise MedsegError(f"{job.scan.name} needs more memory than there is") from None
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM ends the run as an interruption does, so that what is being written is finished or
+    taken away; the exit status is that of a process that was terminated."""
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_done(job: Job, digest: str, wishes: Wishes) -> bool:
+    """Whether the result is there, made by this model with these wishes."""
+    from medseg.io.files import read_json
+    from medseg.io.sidecar import sidecar_of
+
+    if not job.output.exists():
+        return False
+    try:
+        record = read_json(sidecar_of(job.output))
+    except InputError:
+        return False
+    return isinstance(record, dict) and (record.get("model_sha256"), record.get("wishes")) == (digest, _told(wishes))
+
+
+def _told(wishes: Wishes) -> dict[str, Any]:
+    """Wishes as JSON has them."""
+    told: dict[str, Any] = json.loads(json.dumps(asdict(wishes)))
+    return told
+
+
+def _sidecar(job: Job, made: Prediction, scan: Read, wishes: Wishes) -> dict[str, Any]:
     from medseg.core.provenance import versions
     from medseg.io.scan import scan_digest
 
     grid = made.label_map.grid
-    return {
+    record = {
         "format": 1,
         "scan": job.scan.name,
         "scan_sha256": scan_digest(job.scan),
         "labels": job.output.name,
         "model": made.model,
         "model_sha256": made.model_digest,
+        "wishes": _told(wishes),
         "organs": [asdict(organ) for organ in made.organs],
-        "warnings": [*notes, *made.warnings],
+        "warnings": [*scan.notes, *made.warnings],
         "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()},
         "seconds": round(made.seconds, 3),
         "versions": versions(),
     }
+    return record | ({"channels": scan.parts} if scan.parts else {})
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -189,76 +419,3 @@ def _show(record: dict[str, Any]) -> None:
     click.echo(table(rows, right=(1, 2)))
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}")
-
-
-def _jobs(scans: tuple[Path, ...], output: Path | None, to: str, *, one: bool = False) -> list[Job]:
-    """What to do for SCANS; with ``one``, a folder is a scan and not a place of several."""
-    from medseg.core.errors import InputError
-    from medseg.io.nifti import is_nifti, stem
-    from medseg.io.scan import holds_dicom, scan_stem
-    from medseg.io.sidecar import SUFFIX
-
-    files: list[Path] = []
-    for scan in scans:
-        if one or not scan.is_dir():
-            files.append(scan)
-            continue
-        if (scan / "dataset.json").exists():
-            raise InputError(f"{scan} is a task", "Name its imagesTs or imagesTr, or add --held-out")
-        found = sorted(p for p in scan.iterdir() if is_nifti(p) and not stem(p).endswith(SUFFIX))
-        if not found and not holds_dicom(scan):
-            raise InputError(
-                f"{scan} holds no NIfTI file and no DICOM", "Name a folder of .nii.gz files or of one patient's DICOM"
-            )
-        files += found or [scan]
-    ending = ".nii.gz" if to == "nifti" else ".dcm"
-    if output and (is_nifti(output) or output.suffix == ".dcm"):
-        if len(files) > 1:
-            raise InputError(f"{output} is one file for {len(files)} scans", "Name a folder with -o")
-        if is_nifti(output) != (to == "nifti"):
-            raise InputError(f"{output.name} is no name for {to}", f"Let it end in {ending}, or name another --to")
-        return [Job(scan_stem(files[0]), files[0], output, to=to)]
-    jobs = [
-        Job(scan_stem(f), f, (output or f.absolute().parent) / f"{scan_stem(f)}{SUFFIX}{ending}", to=to) for f in files
-    ]
-    outputs = [job.output for job in jobs]
-    if twice := next((o for o in outputs if outputs.count(o) > 1), None):
-        raise InputError(f"two scans would both be written to {twice}", "Predict them into different folders")
-    if output:
-        _output_folder(output)
-    return jobs
-
-
-def _of_channels(options: tuple[str, ...], plan: Plan, align: bool, output: Path | None, other: Any, to: str) -> Job:
-    from medseg.core.errors import InputError
-
-    if other:
-        raise InputError("--channel names one case", "Leave out SCANS, --series and --held-out")
-    found = parse_channels(options, plan.channels, plan.optional_channels.value)
-    (job,) = _jobs((found[0].path,), output, to, one=True)
-    return replace(job, channels=found, align=align)
-
-
-def _held_out(scans: tuple[Path, ...], output: Path | None, cases: tuple[str, ...]) -> list[Job]:
-    from medseg.core.errors import InputError
-    from medseg.dataset.task import load_task
-    from medseg.io.nifti import is_nifti
-    from medseg.io.sidecar import SUFFIX
-
-    if len(scans) != 1 or output is None or is_nifti(output):
-        raise InputError(
-            "--held-out goes with one task and an output folder", "Write: predict TASK --held-out -o FOLDER"
-        )
-    task = load_task(scans[0])
-    images = [(case, task.case(case).image) for case in cases]
-    _output_folder(output)
-    return [Job(case, image, output / f"{case}{SUFFIX}.nii.gz") for case, image in images]
-
-
-def _output_folder(output: Path) -> None:
-    """Make it, or take it if it is one of predictions; its index is written anew at the end, so that
-    a run that breaks off leaves no index that speaks of the earlier one."""
-    from medseg.io.files import new_folder
-    from medseg.io.sidecar import INDEX
-
-    (new_folder(output, holds=INDEX) / INDEX).unlink(missing_ok=True)

@@ -44,11 +44,10 @@ def within(
     *,
     channels: int,
     overlap: float = OVERLAP,
-    voxel_bytes: int = 1,
+    voxel_bytes: int,
 ) -> Tiling:
     """Tiles over ``image``, the network's grid, that keep a prediction within ``memory`` bytes in all
-    (by default most of what is free), the scan itself, which holds ``voxel_bytes`` for each of its
-    voxels beside one for its label, included.
+    (by default most of what is free): the scan too, of each of whose voxels ``voxel_bytes`` are held.
 
     Raises InputError, with what it would take, where no order of tiles does.
     """
@@ -56,7 +55,7 @@ def within(
         _BASE
         + 2 * _BY_THE_WAY
         + channels * 4 * math.prod(image.shape)
-        + (voxel_bytes + 1) * math.prod(scan.shape)
+        + voxel_bytes * math.prod(scan.shape)
         + workspace(configuration, engine.outputs)
     )
     allowed = int(_SHARE * free_memory()) if memory is None else memory

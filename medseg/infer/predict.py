@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
+from medseg.core.progress import Progress, silent
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.budget import within
 from medseg.infer.engine import Engine, TorchEngine
-from medseg.infer.stream import Decision, Tally, bring_home
+from medseg.infer.refine import chosen, keep_only, without_small
+from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.window import OVERLAP, Box, sweep
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
@@ -41,7 +43,8 @@ class Organ:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Labels on the scan's own grid, organ by organ, which model made them, and what to beware of."""
+    """Labels on the scan's own grid, organ by organ, which model made them, and what to beware of;
+    where it was asked for, the probability (X, Y, Z) of what won each voxel."""
 
     label_map: LabelMap
     organs: tuple[Organ, ...]
@@ -49,6 +52,7 @@ class Prediction:
     model_digest: str
     seconds: float
     warnings: tuple[str, ...] = ()
+    probability: NDArray[np.float32] | None = None
 
 
 class Predictor:
@@ -60,33 +64,63 @@ class Predictor:
     """
 
     def __init__(
-        self, package: ModelPackage, device: str = "auto", *, memory: int | None = None, threads: int | None = None
+        self,
+        package: ModelPackage,
+        device: str = "auto",
+        *,
+        memory: int | None = None,
+        threads: int | None = None,
+        overlap: float = OVERLAP,
+        scans_held: int = 1,
     ) -> None:
         self.package = package
         self.memory = memory
         self.threads = threads or len(os.sched_getaffinity(0))
-        self._digest = package.digest()
+        self.digest = package.digest()
+        self.overlap = overlap
+        self.scans_held = scans_held
         self.engine = _engine(package, pick_device(device))
 
-    def predict(self, volume: Volume) -> Prediction:
-        """Segment a scan. Raises InputError where its channels are not the model's, and where it would
-        need more memory than it may have."""
+    def predict(
+        self,
+        volume: Volume,
+        *,
+        only: Sequence[str] = (),
+        smallest_mm3: float = 0.0,
+        probability: bool = False,
+        keep: Keep | None = None,
+        progress: Progress = silent,
+    ) -> Prediction:
+        """Segment a scan.
+
+        ``only`` names the structures to give (all unless named); pieces smaller than ``smallest_mm3``
+        are taken away. With ``probability`` each voxel's is given, of whatever won it; ``keep`` is
+        handed those of all classes box by box, as `bring_home` says. Raises InputError where the
+        scan's channels are not the model's, and where it would need more memory than it may have.
+        """
         started = time.perf_counter()
+        labels = chosen(self.package.plan.label_set, only)
         made = segment(
             self.engine,
             volume,
             self.package.plan,
             self.package.configuration_name,
+            overlap=self.overlap,
             memory=self.memory,
+            scans_held=self.scans_held,
+            probability=probability,
+            keep=keep,
             threads=self.threads,
+            progress=progress,
         )
-        organs = describe(made.label_map, made.tally)
-        warnings = tuple(f"{o.name} is cut by the border of the scan" for o in organs if o.cut)
+        label_map, removed = without_small(keep_only(made.label_map, labels), smallest_mm3)
+        organs = describe(label_map, made.tally, self.package.plan.label_set.numbers)
+        warnings = [f"{o.name} is cut by the border of the scan" for o in organs if o.cut]
+        warnings += [f"{count} small pieces of {name} were taken away" for name, count in removed.items()]
         if not any(o.voxels for o in organs):
-            warnings = ("nothing was found",)
-        return Prediction(
-            made.label_map, organs, self.package.name, self._digest, time.perf_counter() - started, warnings
-        )
+            warnings = ["nothing was found"]
+        seconds = time.perf_counter() - started
+        return Prediction(label_map, organs, self.package.name, self.digest, seconds, tuple(warnings), made.probability)
 
 
 def predict(volume: Volume, package: ModelPackage, *, device: str = "auto") -> Prediction:
@@ -112,8 +146,11 @@ def segment(
     *,
     overlap: float = OVERLAP,
     memory: int | None = None,
+    scans_held: int = 1,
     probability: bool = False,
+    keep: Keep | None = None,
     threads: int = 1,
+    progress: Progress = silent,
 ) -> Segmentation:
     """Labels of a scan on its own grid. Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
@@ -126,17 +163,25 @@ def segment(
         volume.grid,
         channels=prepared.channels,
         overlap=overlap,
-        voxel_bytes=volume.channels * volume.values.itemsize + 4 * probability,
+        voxel_bytes=scans_held * (volume.channels * volume.values.itemsize + 1) + 4 * probability,
     )
+    steps = iter(progress(range(tiling.tiles), tiling.tiles))
+
+    def tell(count: int) -> None:
+        for _ in range(count):
+            next(steps, None)
+
     numbers = np.array([0, *plan.label_set.numbers])
     home = bring_home(
-        sweep(engine, prepared.values, tiling, wanted=_seen(prepared.values)),
+        sweep(engine, prepared.values, tiling, wanted=_seen(prepared.values), tell=tell),
         prepared.grid,
         volume.grid,
         Decision(len(numbers)),
         probability=probability,
+        keep=keep,
         threads=threads,
     )
+    next(steps, None)  # the end, which closes a bar
     values = home.winner
     if (numbers != np.arange(len(numbers))).any():
         values = numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16)[values]
@@ -171,9 +216,10 @@ def _engine(package: ModelPackage, device: Any) -> Engine:
     return TorchEngine(networks, package.configuration, classes, device)
 
 
-def describe(label_map: LabelMap, tally: Tally) -> tuple[Organ, ...]:
-    """Volume, mean probability and completeness of every structure; ``tally`` is by class, in the
-    order of the labels."""
+def describe(label_map: LabelMap, tally: Tally, numbers: Sequence[int]) -> tuple[Organ, ...]:
+    """Volume, mean probability and completeness of every structure of the map; ``numbers`` are those
+    of the tally's classes, but for the background."""
+    rows = dict(zip(numbers, zip(tally.inside[1:], tally.won[1:], strict=True), strict=True))
     values = label_map.values
     counts = np.zeros(max(label_map.labels.numbers) + 1, dtype=np.int64)
     border: set[int] = set()
@@ -188,11 +234,15 @@ def describe(label_map: LabelMap, tally: Tally) -> tuple[Organ, ...]:
             number=label.number,
             voxels=int(counts[label.number]),
             volume_ml=float(counts[label.number] * label_map.grid.voxel_volume / 1000),
-            confidence=float(inside / won) if counts[label.number] and won else None,
+            confidence=_mean(*rows[label.number]) if counts[label.number] else None,
             cut=label.number in border,
         )
-        for label, inside, won in zip(label_map.labels, tally.inside[1:], tally.won[1:], strict=True)
+        for label in label_map.labels
     )
+
+
+def _mean(total: float, count: int) -> float | None:
+    return float(total / count) if count else None
 
 
 def pick_device(name: str) -> Any:

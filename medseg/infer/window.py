@@ -135,13 +135,13 @@ def sweep(
     tiling: Tiling,
     *,
     wanted: Callable[[Box], bool] | None = None,
-    done: Callable[[], None] | None = None,
+    tell: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Slab]:
     """Logits of an image (C, X, Y, Z) on the network's grid, weighted by `gaussian` and averaged over
     overlapping tiles, slab after slab as they are finished.
 
     What lies beyond the image is zero. Tiles whose box, clipped to the image, is not ``wanted`` are
-    not run. ``done`` is called after each tile. A slab's values are the caller's to keep or change.
+    not run. ``tell`` is told how many tiles more are done with. A slab's values are the caller's.
     """
     weight = engine.array(gaussian(tiling.patch))
     size = max(1, _VOXELS_AT_ONCE // int(np.prod(tiling.patch)))
@@ -150,13 +150,13 @@ def sweep(
         for number, corners in enumerate(parts.groups(_corners(tiling, band))):
             boxes = [(corner, _clipped(corner, tiling)) for corner in corners]
             chosen = [(corner, box) for corner, box in boxes if wanted is None or wanted(box)]
+            tell(len(boxes) - len(chosen))
             for first in range(0, len(chosen), size):
                 batch = chosen[first : first + size]
                 logits = engine.run(np.stack([_cut(image, corner, tiling.patch) for corner, _ in batch]))
                 for (corner, box), one in zip(batch, logits, strict=True):
                     parts.add(one, weight, corner, box)
-                    if done:
-                        done()
+                tell(len(batch))
                 del logits, one  # not while the slab goes home
             yield parts.finish(number)
 

@@ -6,6 +6,7 @@ The header is read by nibabel; nothing is allocated before its dimensions agree 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
@@ -17,7 +18,7 @@ from isal import igzip, igzip_lib
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from medseg.core.errors import InputError
+from medseg.core.errors import InputError, MedsegError
 from medseg.core.grid import SAME_GRID_MM, Grid
 from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap, Volume
@@ -46,6 +47,7 @@ _QUATERNION_ROUNDING = 3.6e-7
 # Smaller images are turned as they are; larger ones with so many voxels between the rows.
 _TURNED_AT_ONCE = 1 << 16
 _PADDING = 64
+_STEPS = 65535
 _GIVE_ANOTHER = "Copy or export the file again"
 
 
@@ -164,11 +166,58 @@ def write_volume(path: Path, volume: Volume) -> None:
     _write(path, volume.values, volume.grid)
 
 
-def _write(path: Path, values: NDArray[Any], grid: Grid) -> None:
-    """Values (C, X, Y, Z), a few slices at a time, so that no second image is held."""
+def write_shares(path: Path, values: NDArray[np.floating], grid: Grid) -> None:
+    """Write numbers from 0 to 1 (X, Y, Z) in steps of 1/65535, in half the space of floats. Otherwise
+    as `write_labels`."""
+    _write(path, (values * _STEPS + 0.5).astype(np.uint16)[None], grid, 1 / _STEPS)
+
+
+class ShareFile:
+    """Probabilities (classes, X, Y, Z) in steps of 1/65535, put down box by box, in any order and from
+    any thread, and written as a NIfTI file with classes last when the block ends without an error.
+
+    They wait on the disk beside the file, not in memory. Raises MedsegError where the disk is full.
+    """
+
+    def __init__(self, path: Path, classes: int, grid: Grid) -> None:
+        self._path, self._grid = path, grid
+        self._shape = (classes, *grid.shape[::-1])
+        self._scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.raw")
+
+    def __enter__(self) -> ShareFile:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._scratch.open("xb") as file:
+                # A page that the disk has no room for would end the process later.
+                os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(self._shape)))
+            self._values = np.memmap(self._scratch, np.uint16, "r+", shape=self._shape).transpose(0, 3, 2, 1)
+        except OSError as error:
+            self._scratch.unlink(missing_ok=True)
+            raise MedsegError(
+                f"cannot write {self._path}: {error.strerror or error}. Free some space, or keep fewer structures."
+            ) from error
+        self._values[0] = _STEPS  # where nothing is put there is background
+        return self
+
+    def put(self, box: tuple[slice, slice, slice], shares: NDArray[np.float32]) -> None:
+        """Shares (classes, x, y, z), 0 to 1, of a box."""
+        self._values[(slice(None), *box)] = shares * np.float32(_STEPS) + np.float32(0.5)
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None:
+                _write(self._path, self._values, self._grid, 1 / _STEPS)
+        finally:
+            del self._values
+            self._scratch.unlink(missing_ok=True)
+
+
+def _write(path: Path, values: NDArray[Any], grid: Grid, slope: float = 1.0) -> None:
+    """Values (C, X, Y, Z), a few slices at a time, so that no second image is held. Whoever reads
+    them multiplies them by ``slope``."""
     if values.dtype in (np.int64, np.uint64):
         raise TypeError(f"NIfTI readers disagree on {values.dtype}; convert to a smaller type first")
-    header = _header_of(values, grid)
+    header = _header_of(values, grid, slope)
     with atomic(path) as file:
         if path.name.endswith(".gz"):
             # Neither name nor time, so that the same image gives the same bytes.
@@ -178,7 +227,7 @@ def _write(path: Path, values: NDArray[Any], grid: Grid) -> None:
             _write_to(file, header, values)
 
 
-def _header_of(values: NDArray[Any], grid: Grid) -> bytes:
+def _header_of(values: NDArray[Any], grid: Grid, slope: float) -> bytes:
     kind = nib.Nifti2Header if max(values.shape) > _LONGEST_AXIS else nib.Nifti1Header
     header = kind(endianness="<")
     header.set_data_dtype(values.dtype)
@@ -186,7 +235,7 @@ def _header_of(values: NDArray[Any], grid: Grid) -> bytes:
     header.set_xyzt_units("mm")
     header.set_sform(grid.affine, code=1)
     header.set_qform(grid.affine, code=1, strip_shears=True)
-    header.set_slope_inter(1, 0)
+    header.set_slope_inter(slope, 0)
     # No extensions: four zeros stand between header and voxels.
     header["vox_offset"] = int(header["sizeof_hdr"]) + 4
     return bytes(header.binaryblock) + bytes(4)

@@ -39,9 +39,9 @@ def _read_or_none(path: Path) -> Any:
         return None
 
 
-def write_index(folder: Path, model: str, cases: dict[str, str], failed: dict[str, str]) -> None:
+def write_index(path: Path, model: str, cases: dict[str, str], failed: dict[str, str]) -> None:
     """Which label map belongs to which case, and which cases failed and why. Written last."""
-    write_json(folder / INDEX, {"format": 1, "model": model, "cases": cases, "failed": failed})
+    write_json(path, {"format": 1, "model": model, "cases": cases, "failed": failed})
 
 
 def read_index(folder: Path) -> dict[str, Path]:

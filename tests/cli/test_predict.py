@@ -177,7 +177,7 @@ def test_an_index_does_not_outlive_what_it_lists(
     assert medseg(*command).status == 0
     from medseg.infer.predict import Predictor
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -262,10 +262,10 @@ def test_too_little_memory_for_one_scan_does_not_stop_the_others(
     real = Predictor.predict
     errors = [RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), MemoryError()]
 
-    def sometimes(self: Predictor, volume: Any) -> Any:
+    def sometimes(self: Predictor, volume: Any, **options: Any) -> Any:
         if errors:
             raise errors.pop()
-        return real(self, volume)
+        return real(self, volume, **options)
 
     monkeypatch.setattr(Predictor, "predict", sometimes)
     (scans / "b.nii.gz").unlink()

@@ -161,7 +161,7 @@ def test_organs_by_hand() -> None:
     labels = LabelSet((Label("a", 4), Label("b", 900), Label("none", 7)))
     # Classes come in the order of the label set: a, none, b.
     tally = Tally(np.array([9.0, 6.0, 0.1, 1.0]), np.array([9.0, 5.0, 0.0, 0.6]), np.array([9, 8, 0, 1]), 3.0)
-    first, none, corner = describe(LabelMap(values, grid, labels), tally)
+    first, none, corner = describe(LabelMap(values, grid, labels), tally, labels.numbers)
     assert (first.name, first.number, first.voxels, first.cut) == ("a", 4, 8, False)
     assert first.volume_ml == pytest.approx(0.024)
     assert first.confidence == pytest.approx(0.625)
@@ -175,11 +175,11 @@ def test_every_face_of_the_scan_cuts(place: tuple[int, int, int]) -> None:
     values = np.zeros((5, 5, 5), dtype=np.uint8)
     values[place] = 1
     grid = Grid.from_spacing((5, 5, 5), 1.0)
-    (organ,) = describe(LabelMap(values, grid, LabelSet.from_names("a")), Tally.empty(2, 1.0))
+    (organ,) = describe(LabelMap(values, grid, LabelSet.from_names("a")), Tally.empty(2, 1.0), [1])
     assert organ.cut
     inner = np.zeros((5, 5, 5), dtype=np.uint8)
     inner[2, 2, 2] = 1
-    (organ,) = describe(LabelMap(inner, grid, LabelSet.from_names("a")), Tally.empty(2, 1.0))
+    (organ,) = describe(LabelMap(inner, grid, LabelSet.from_names("a")), Tally.empty(2, 1.0), [1])
     assert not organ.cut
 
 

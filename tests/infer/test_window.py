@@ -289,16 +289,24 @@ def test_what_is_not_wanted_is_not_run_and_says_so(small_plan: Any) -> None:
     image = np.zeros((1, 16, 16, 64), dtype=np.float32)
     image[..., 40:] = 1
     run: list[int] = []
+    told: list[int] = []
+
+    class Telling(Place3):
+        def run(self, tiles: np.ndarray) -> np.ndarray:
+            run.append(len(tiles))
+            return super().run(tiles)
+
     slabs = list(
         sweep(
-            Place3(),
+            Telling(),
             image,
             lay((16, 16, 64), configuration),
             wanted=lambda box: bool(image[(slice(None), *box)].any()),
-            done=lambda: run.append(1),
+            tell=told.append,
         )
     )
-    assert len(run) == 3  # those that begin at 32, 40 and 48; the one at 24 ends before there is something
+    assert sum(told) == 7
+    assert sum(run) == 3  # those that begin at 32, 40 and 48; the one at 24 ends before there is something
     covered = np.ones((16, 16, 64), dtype=bool)
     for slab in slabs:
         if slab.covered is not None:

@@ -25,7 +25,7 @@ def test_a_sidecar_stands_beside_its_label_map(scan: str, sidecar: str) -> None:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    write_index(tmp_path, "model", {"a": "a_seg.nii.gz", "b": "b_seg.nii.gz"}, {})
+    write_index(tmp_path / INDEX, "model", {"a": "a_seg.nii.gz", "b": "b_seg.nii.gz"}, {})
     assert read_index(tmp_path) == {"a": tmp_path / "a_seg.nii.gz", "b": tmp_path / "b_seg.nii.gz"}
     assert json.loads((tmp_path / INDEX).read_text())["model"] == "model"
 
@@ -36,14 +36,14 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_cases_that_failed_are_not_passed_over(tmp_path: Path) -> None:
-    write_index(tmp_path, "model", {"a": "a_seg.nii.gz"}, {"b": "b.nii.gz is truncated"})
+    write_index(tmp_path / INDEX, "model", {"a": "a_seg.nii.gz"}, {"b": "b.nii.gz is truncated"})
     with pytest.raises(InputError, match=r"1 cases of .* were not predicted \(b: b.nii.gz is truncated\)"):
         read_index(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../a_seg.nii.gz", "inner/a_seg.nii.gz"])
 def test_an_index_cannot_point_out_of_its_folder(tmp_path: Path, path: str) -> None:
-    write_index(tmp_path, "model", {"a": path}, {})
+    write_index(tmp_path / INDEX, "model", {"a": path}, {})
     assert read_index(tmp_path)["a"].parent == tmp_path
 
 
