@@ -212,7 +212,7 @@ def test_a_missing_file_is_noticed(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 3},
         {"format": "1"},
         {"format": ...},
         {"code": "import os"},
