@@ -49,7 +49,7 @@ class Index(Strict):
     graphs: tuple[str, ...] = ()
     not_portable: str = ""
     checksums: dict[str, str]
-    engines: dict[str, Agreement] = {}
+    engines: Annotated[dict[str, Agreement], Field(default_factory=dict)]
     trained_on: tuple[str, ...]
     held_out: tuple[str, ...]
     provenance: dict[str, Any]
@@ -182,12 +182,13 @@ def load_package(folder: Path) -> ModelPackage:
         path = folder / name
         if not path.is_file() or _hash(path) != index.checksums.get(name):
             raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
-    for name in index.members:
-        _require_readable(folder / name)
+    members = tuple(StoredWeights(folder / name, index.checksums[name]) for name in index.members)
+    for weights in members:
+        _require_readable(weights.path)
     package = ModelPackage(
         plan=read_plan(folder / "plan.json"),
         configuration_name=index.configuration,
-        members=tuple(StoredWeights(folder / name, index.checksums[name]) for name in index.members),
+        members=members,
         trained_on=index.trained_on,
         held_out=index.held_out,
         provenance=index.provenance,
@@ -196,7 +197,7 @@ def load_package(folder: Path) -> ModelPackage:
         engines=index.engines,
     )
     package.plan.configuration(package.configuration_name)
-    _require_own_graphs(folder, package)
+    _require_own_graphs(package, members)
     return package
 
 
@@ -221,12 +222,12 @@ def _require_readable(path: Path) -> None:
         raise InputError(f"the weights in {path} cannot be read ({error})", _ANOTHER) from None
 
 
-def _require_own_graphs(folder: Path, package: ModelPackage) -> None:
-    if package.graphs and len(package.graphs) != len(package.members):
-        raise InputError(f"{folder / INDEX} names graphs for some of its members only", _ANOTHER)
-    for path, weights in zip(package.graphs, package.members, strict=False):
+def _require_own_graphs(package: ModelPackage, members: tuple[StoredWeights, ...]) -> None:
+    if package.graphs and len(package.graphs) != len(members):
+        raise InputError(f"{package.name} has ONNX files for some of its members only", _ANOTHER)
+    for path, weights in zip(package.graphs, members, strict=False):
         try:
-            check(path, layout(weights.path), package.configuration, len(package.plan.channels), package.classes)  # type: ignore[attr-defined]
+            check(path, layout(weights.path), package.configuration, len(package.plan.channels), package.classes)
         except ValueError as error:
             raise InputError(f"{path} is not this model's network: {error}", _ANOTHER) from None
 

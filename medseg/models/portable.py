@@ -15,7 +15,7 @@ from medseg.plan.plan import Configuration
 if TYPE_CHECKING:
     from torch import nn
 
-_TILES, _LOGITS, _FEATURES = "tiles", "logits", "features"
+TILES, LOGITS, FEATURES = "tiles", "logits", "features"
 _OPERATORS = frozenset(
     {"Add", "AveragePool", "Concat", "Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "Relu"}
 )
@@ -68,14 +68,14 @@ def export(network: nn.Module, channels: int, classes: int, weights: Layout) -> 
 
     try:
         traced = torch.fx.symbolic_trace(network.eval())
-    except Exception as error:  # noqa: BLE001 (whatever a network's code may raise on being traced)
+    except Exception as error:  # whatever a network's code may raise on being traced
         raise NotPortableError(f"its steps cannot be told ({type(error).__name__})") from error
     nodes: list[Node] = []
     names: dict[Any, str] = {}
     used: list[str] = []
     for step in traced.graph.nodes:
         if step.op == "placeholder":
-            names[step] = _TILES
+            names[step] = TILES
         elif step.op == "output":
             return write(_graph(nodes, names[step.args[0]], channels, classes, used, weights))
         else:
@@ -101,7 +101,7 @@ def check(path: Path, weights: Layout, configuration: Configuration, channels: i
             raise ValueError(f"its weights {weight.name} are not those of {weights.file}")
     ports = (*graph.inputs, *graph.outputs[:1])
     sizes = [p.shape[1] if len(p.shape) == 2 + configuration.dimensions else 0 for p in ports]
-    if [p.name for p in ports] != [_TILES, _LOGITS] or sizes != [channels, classes]:
+    if [p.name for p in ports] != [TILES, LOGITS] or sizes != [channels, classes]:
         raise ValueError("it takes or gives something else than the plan says")
     if len(graph.outputs) > 1:
         head_of(graph)
@@ -112,23 +112,23 @@ def head_of(graph: Graph) -> tuple[str, str]:
     """Names of weight and bias of the last convolution of a graph that gives features too. Raises
     ValueError where the graph does not end in one of size 1."""
     last = graph.nodes[-1]
-    if last.op != "Conv" or len(last.inputs) != 3 or last.inputs[0] != _FEATURES or last.output != _LOGITS:
+    if last.op != "Conv" or len(last.inputs) != 3 or last.inputs[0] != FEATURES or last.output != LOGITS:
         raise ValueError("its logits are no 1x1x1 convolution of its features")
     return last.inputs[1], last.inputs[2]
 
 
 def _graph(nodes: list[Node], last: str, channels: int, classes: int, used: list[str], weights: Layout) -> Graph:
     final = next(node for node in nodes if node.output == last)
-    rename = {last: _LOGITS}
-    outputs = [(_LOGITS, classes)]
+    rename = {last: LOGITS}
+    outputs = [(LOGITS, classes)]
     features = weights.tensors[final.inputs[1]][0][1] if final.op == "Conv" and len(final.inputs) == 3 else classes
     if splits(classes, features) and all(n == 1 for n in dict(final.attributes)["kernel_shape"]):  # type: ignore[union-attr]
-        rename[final.inputs[0]] = _FEATURES
-        outputs.append((_FEATURES, features))
+        rename[final.inputs[0]] = FEATURES
+        outputs.append((FEATURES, features))
     space = [f"size{n}" for n in range(len(weights.tensors[used[0]][0]) - 2)]
     return Graph(
         name="network",
-        inputs=(Port(_TILES, ("batch", channels, *space)),),
+        inputs=(Port(TILES, ("batch", channels, *space)),),
         outputs=tuple(Port(name, ("batch", count, *space)) for name, count in outputs),
         nodes=tuple(
             Node(n.op, tuple(rename.get(i, i) for i in n.inputs), rename.get(n.output, n.output), n.attributes)
