@@ -106,9 +106,7 @@ def train(
     length = f"--epochs {epochs}" if epochs else f"--budget {budget:g}s" if budget else ""
     save_package(output / "model", package)
     saved = load_package(output / "model")
-    images = {
-        case: preprocess(volume, plan, saved.configuration).values for case, volume, _ in validation[:_COMPARED]
-    }
+    images = {case: preprocess(volume, plan, saved.configuration).values for case, volume, _ in validation[:_COMPARED]}
     engines = measure(saved, images, cores)
     record_engines(output / "model", engines)
     write_json(

@@ -117,7 +117,13 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "step",
-    [nn.BatchNorm3d(3, track_running_stats=False), nn.InstanceNorm3d(3), nn.Conv3d(3, 3, 3, padding="same"), torch.sigmoid, torch.flatten],
+    [
+        nn.BatchNorm3d(3, track_running_stats=False),
+        nn.InstanceNorm3d(3),
+        nn.Conv3d(3, 3, 3, padding="same"),
+        torch.sigmoid,
+        torch.flatten,
+    ],
     ids=str,
 )
 def test_what_cannot_be_written_is_said(tmp_path: Path, step: Any) -> None:
