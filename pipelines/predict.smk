@@ -11,7 +11,7 @@ rule predict:
     params:
         task=task_folder,
         fold=RESULTS + "/{task}/{configuration}/fold{fold}",
-        device=config["device"],
+        engine={"auto": "auto", "cpu": "openvino", "cuda": "torch-cuda"}[config["device"]],
         threads=cores(config["threads"]),
     threads: threads_for(config["threads"])
     resources:
@@ -20,4 +20,4 @@ rule predict:
         runtime=120,
     shell:
         "{MEDSEG} predict {params.task:q} --held-out -m {params.fold:q}/model -o {params.fold:q}/predictions "
-        "--device {params.device} --threads {params.threads} > {log} 2>&1"
+        "--engine {params.engine} --memory {resources.mem_mb}MB --threads {params.threads} > {log} 2>&1"

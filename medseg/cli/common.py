@@ -30,14 +30,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def use_cores(threads: int | None) -> int:
-    """Compute on so many cores (all that there are, unless given), and tell how many.
+def use_sleeping_threads() -> None:
+    """Let OpenMP's threads sleep while they wait.
 
     To be called before torch is imported: its OpenMP reads the policy once. By default waiting
     threads spin, and two programs that share the cores then hold each other up, by far more than
     sleeping costs one that is alone (benchmarks/README.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def use_cores(threads: int | None) -> int:
+    """Let torch compute on so many cores (all that there are, unless given), and tell how many."""
+    use_sleeping_threads()
     import torch
 
     cores = threads or available_cores()

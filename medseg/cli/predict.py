@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medseg.cli.channels import read_channels
-from medseg.cli.common import FOLDER, Memory, device_option, progress, table, threads_option, use_cores
+from medseg.cli.common import FOLDER, Memory, progress, table, threads_option, use_sleeping_threads
 from medseg.cli.convert import TARGETS, reference_for, write_dicom
 from medseg.cli.jobs import Job, Shard, job_of_channels, jobs_held_out, jobs_of, listed
 from medseg.core.errors import InputError, MedsegError
@@ -83,7 +83,12 @@ class Read:
     "--memory", type=Memory(), help="Take no more memory than this, as 4GiB.  [default: most of what is free]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-@device_option
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="openvino, torch-cpu or torch-cuda; auto takes a GPU, else OpenVINO.",
+)
 @threads_option
 def predict(
     scans: tuple[Path, ...],
@@ -99,7 +104,7 @@ def predict(
     skip_done: bool,
     memory: int | None,
     as_json: bool,
-    device: str,
+    engine: str,
     threads: int | None,
     **wishes: Any,
 ) -> None:
@@ -126,12 +131,12 @@ def predict(
     if list_file:
         scans = (*scans, *listed(list_file))
     part = Shard.parse(shard) if shard else None
-    use_cores(threads)
+    use_sleeping_threads()
     from medseg.infer.predict import Predictor
 
     package = load_package(model)
     wanted = Wishes(**wishes)
-    predictor = Predictor(package, device, memory=memory, threads=threads)
+    predictor = Predictor(package, engine, memory=memory, threads=threads)
     if channels:
         jobs = [job_of_channels(channels, package.plan, align, output, scans or series or held_out, to)]
     else:

@@ -18,8 +18,8 @@ from medseg.cli.common import (
     use_cores,
 )
 
-# Cases predicted whole, now and then, while training.
-_VALIDATED = 8
+# Cases predicted whole, now and then, while training; and those on which engines are compared.
+_VALIDATED, _COMPARED = 8, 3
 
 
 @click.command()
@@ -54,10 +54,13 @@ def train(
 
     from medseg.core.errors import InputError
     from medseg.dataset.task import load_case
+    from medseg.infer.agreement import measure
+    from medseg.infer.engine import LEAST_DICE
     from medseg.io.files import new_folder, write_json
     from medseg.io.runlog import RunLog
     from medseg.io.store import CaseStore
-    from medseg.models.package import INDEX, save_package
+    from medseg.models.package import INDEX, load_package, record_engines, save_package
+    from medseg.preprocess.regrid import preprocess
     from medseg.train.loop import Progress, Setup
     from medseg.train.loop import train as train_network
 
@@ -84,6 +87,7 @@ def train(
         budget_seconds=budget,
     )
     watched = chosen.validation[:: max(1, -(-len(chosen.validation) // _VALIDATED))]
+    validation = [(case, *load_case(task, task.case(case))) for case in watched]
     with tqdm(desc=f"train {configuration} fold {fold}", disable=not sys.stderr.isatty(), unit="step") as bar:
 
         def show(now: Progress) -> None:
@@ -96,11 +100,15 @@ def train(
             setup,
             store,
             RunLog(checkpoints or folder.checkpoints(configuration, fold)),
-            validation=[(case, *load_case(task, task.case(case))) for case in watched],
+            validation=validation,
             progress=show,
         )
     length = f"--epochs {epochs}" if epochs else f"--budget {budget:g}s" if budget else ""
     save_package(output / "model", package)
+    saved = load_package(output / "model")
+    images = {case: preprocess(volume, plan, saved.configuration).values for case, volume, _ in validation[:_COMPARED]}
+    engines = measure(saved, images, cores)
+    record_engines(output / "model", engines)
     write_json(
         output / "log.json", {"format": 1, "options": f"{length} --seed {seed}".strip(), "records": list(records)}
     )
@@ -109,3 +117,8 @@ def train(
         f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, "
         f"Dice {records[-1].get('dice', float('nan')):.3f} on {len(watched)} held-out cases; {output / 'model'}"
     )
+    for name, found in engines.items():
+        if found.least_dice < LEAST_DICE:
+            click.echo(
+                f"{name} gives other labels than torch (Dice {found.least_dice:.4f}) and is not used unless asked for"
+            )

@@ -10,7 +10,7 @@ from typing import Any
 
 import medseg
 
-_PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel")
+_PACKAGES = ("torch", "monai", "openvino", "numpy", "scipy", "nibabel")
 
 
 def versions() -> dict[str, str]:

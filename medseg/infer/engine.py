@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
 from itertools import chain, combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.core.errors import InputError, MedsegError
+from medseg.models.build import build, split_head
+from medseg.models.onnx_file import read
+from medseg.models.package import ModelPackage, StoredWeights
+from medseg.models.portable import FEATURES, LOGITS, head_of, splits
 from medseg.plan.plan import Configuration
 
 if TYPE_CHECKING:
@@ -19,17 +29,47 @@ Float32 = NDArray[np.float32]
 # multiplied alike, and the code that adds tiles up does no more than that.
 Array = Any
 
+ENGINES = ("auto", "torch-cuda", "torch-cpu", "openvino")
+# An engine with a label whose Dice with torch in float32 was below this is not chosen by itself.
+LEAST_DICE = 0.999
+# Where drivers of GPUs that torch knows leave their mark; looking costs nothing, importing torch seconds.
+_GPU_MARKS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+@dataclass(frozen=True)
+class Head:
+    """A network's last convolution, left to the end: logits (K, ...) are ``weight`` (K, F) times
+    features (F, ...) plus ``bias`` (K,). Being linear, it may follow any weighted mean over tiles."""
+
+    weight: Float32
+    bias: Float32
+
+    def apply(self, features: Float32) -> Float32:
+        """Logits (K, ...) of features (F, ...)."""
+        flat = self.weight @ features.reshape(features.shape[0], -1)
+        flat += self.bias[:, None]
+        out: Float32 = flat.reshape(-1, *features.shape[1:])
+        return out
+
 
 class Engine(Protocol):
-    """A model that is ready to run on tiles of its configuration's patch."""
+    """A model that is ready to run on tiles of its configuration's patch.
+
+    ``outputs`` counts the classes, or, where there is a ``head``, the features that it makes classes
+    of. ``precision`` is f32, bf16 or f16; ``notes`` says what a person should know of how it went.
+    """
 
     name: str
+    precision: str
     outputs: int
+    head: Head | None
+    notes: list[str]
 
     def run(self, tiles: Float32) -> Array:
-        """Logits (B, outputs, X, Y, Z), float32, of tiles (B, channels, X, Y, Z): the mean over the
-        model's members and, for each, over its mirrored copies. A 2D model takes and gives tiles one
-        voxel thick along its slice axis."""
+        """Logits, or features, (B, outputs, X, Y, Z), float32, of tiles (B, channels, X, Y, Z): the
+        mean over the model's members and, for each, over its mirrored copies. A 2D model takes and
+        gives tiles one voxel thick along its slice axis."""
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """Float32 zeros where `run` leaves its results."""
@@ -41,9 +81,46 @@ class Engine(Protocol):
         """Values brought back."""
 
 
+def open_engine(
+    package: ModelPackage,
+    name: str = "auto",
+    threads: int | None = None,
+    mirror: tuple[int, ...] = (),
+    precision: str | None = None,
+) -> Engine:
+    """A package's networks, ready to run.
+
+    ``name`` is one of `ENGINES`; auto takes a GPU where torch sees one, else OpenVINO where the
+    package has its networks as ONNX, OpenVINO is there and, as far as the package knows, gives the
+    labels that torch gives, else torch. ``threads`` counts the cores to use, all unless given;
+    ``precision`` (f32, bf16, and f16 on a GPU) is the engine's own choice unless given.
+    Raises InputError where the engine is not to be had, or the weights do not fit the plan.
+    """
+    if name not in ENGINES:
+        raise InputError(f"no engine is called {name!r}", f"Say {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
+    if name == "auto":
+        name = _choose(package)
+    if name == "openvino":
+        return OpenVinoEngine(package, threads, mirror, precision)
+    import torch
+
+    if name == "torch-cuda" and not torch.cuda.is_available():
+        raise InputError("torch sees no GPU", "Use a processor, or install a torch built for this GPU's driver")
+    if name == "torch-cpu" and threads is not None:
+        torch.set_num_threads(threads)
+    device = torch.device(name.removeprefix("torch-"))
+    return TorchEngine(_networks(package, device), package.configuration, package.classes, device, mirror, precision)
+
+
 class TorchEngine:
     """Networks in torch, on a CPU or a GPU. ``mirror`` lists the axes (0 x, 1 y, 2 z) along which
-    mirrored copies are averaged, in every combination."""
+    mirrored copies are averaged, in every combination. Where a GPU's memory does not hold a batch,
+    smaller ones are taken from then on, and ``notes`` says so; where it does not hold one tile,
+    `run` raises MedsegError.
+
+    On a GPU it computes in half the precision; so it does on processors made for that, where others
+    would only pretend to, and be slower. ``precision`` (f32, bf16, f16) says otherwise.
+    """
 
     def __init__(
         self,
@@ -52,28 +129,72 @@ class TorchEngine:
         outputs: int,
         device: torch.device,
         mirror: tuple[int, ...] = (),
+        precision: str | None = None,
     ) -> None:
         self.name = f"torch-{device.type}"
-        self.outputs = outputs
-        self._networks = networks
+        self.precision = precision or _torch_precision(device)
+        self.notes: list[str] = []
+        self._networks, self.head = _split(networks, outputs)
+        self.outputs = self.head.weight.shape[1] if self.head else outputs
         self._device = device
         self._flat = configuration.slice_axis
         self._flips = flips(mirror)
+        self._most = sys.maxsize
 
     def run(self, tiles: Float32) -> torch.Tensor:
         """See `Engine`."""
         import torch
 
+        parts: list[torch.Tensor] = []
+        done = 0
+        while done < len(tiles):
+            count = min(self._most, len(tiles) - done)
+            try:
+                parts.append(self._run(tiles[done : done + count]))
+                done += count
+            except torch.OutOfMemoryError:
+                self._fewer(count)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _fewer(self, count: int) -> None:
+        import torch
+
+        if count == 1:
+            raise MedsegError(
+                "the GPU's memory does not hold a single tile. Free some of it, or run the model on the processor."
+            ) from None
+        self._most = count // 2
+        if not self.notes:
+            self.notes.append("the GPU's memory did not hold a whole batch of tiles; smaller ones were taken")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, tiles: Float32) -> torch.Tensor:
+        import torch
+
         images = torch.from_numpy(np.ascontiguousarray(tiles)).to(self._device)
+        half = torch.float16 if self.precision == "f16" else torch.bfloat16
         total: Any = None
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16):
+        # Not inference_mode, whose tensors could not be added up in place later.
+        with torch.no_grad(), torch.autocast(self._device.type, half, enabled=self.precision != "f32"):
             for flip in self._flips:
                 turned = images.flip([2 + a for a in flip]) if flip else images
-                for network in self._networks:
-                    out = self._forward(network, turned)
-                    out = out.flip([2 + a for a in flip]) if flip else out
-                    total = out if total is None else total.add_(out)
-            return total / (len(self._flips) * len(self._networks))
+                out = self._members(turned)
+                out = out.flip([2 + a for a in flip]) if flip else out
+                total = out if total is None else total.add_(out)
+        count = len(self._flips)
+        return total if count == 1 else total.div_(count)
+
+    def _members(self, images: torch.Tensor) -> torch.Tensor:
+        """The members' mean, or, where the head is left to the end, their features side by side."""
+        import torch
+
+        if self.head:
+            return torch.cat([self._forward(network, images) for network in self._networks], dim=1)
+        total = self._forward(self._networks[0], images)
+        for network in self._networks[1:]:
+            total = total.add_(self._forward(network, images))
+        return total if len(self._networks) == 1 else total.div_(len(self._networks))
 
     def _forward(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
         if self._flat is None:
@@ -98,6 +219,228 @@ class TorchEngine:
         return out
 
 
+class OpenVinoEngine:
+    """Networks in OpenVINO, on the processor; neither torch nor monai is imported.
+
+    ``precision``, f32 or bf16, is bf16 where the processor has instructions for it and the package
+    does not record that labels suffer. Raises InputError where the package has no ONNX files or
+    OpenVINO is not installed.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        package: ModelPackage,
+        threads: int | None = None,
+        mirror: tuple[int, ...] = (),
+        precision: str | None = None,
+    ) -> None:
+        if not package.graphs:
+            reason = package.not_portable or "it was made without"
+            raise InputError(f"{package.name} has no ONNX files ({reason})", "Use another engine, or save it anew")
+        openvino = import_openvino()
+        core = openvino.Core()
+        self.precision = precision or _openvino_precision(core, package)
+        self.notes: list[str] = []
+        self._flat = package.configuration.slice_axis
+        self._flips = flips(mirror)
+        self.head = _stored_head(package)
+        self.outputs = self.head.weight.shape[1] if self.head else package.classes
+        options = {
+            # One stream: a tile is shared by all threads, so that only one tile's arrays are held.
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
+            "INFERENCE_PRECISION_HINT": self.precision,
+            # Threads bound to cores wait for whatever else runs on these.
+            "ENABLE_CPU_PINNING": False,
+        }
+        patch = [n for a, n in enumerate(package.configuration.patch.value) if a != self._flat]
+        shape = openvino.PartialShape([-1, len(package.plan.channels), *patch])
+        try:
+            self._requests = []
+            for path in package.graphs:
+                model = core.read_model(path)
+                result = model.output(FEATURES if self.head else LOGITS)
+                model = openvino.Model([result.get_node()], model.get_parameters(), path.stem)
+                model.reshape(shape)
+                self._requests.append(core.compile_model(model, "CPU", options).create_infer_request())
+        except RuntimeError:
+            raise InputError(
+                f"OpenVINO cannot open the networks of {package.name}",
+                "Use --engine torch-cpu, or get the package again",
+            ) from None
+
+    def run(self, tiles: Float32) -> Float32:
+        """See `Engine`."""
+        total: Any = None
+        for flip in self._flips:
+            axes = tuple(2 + a for a in flip)
+            out = self._members(np.flip(tiles, axes) if flip else tiles)
+            out = np.flip(out, axes) if flip else out
+            total = out if total is None else np.add(total, out, out=total)
+        if len(self._flips) > 1:
+            total /= len(self._flips)
+        return total
+
+    def _members(self, tiles: Float32) -> Float32:
+        """The members' mean, or, where the head is left to the end, their features side by side.
+        Always new memory: OpenVINO writes the next result over the last."""
+        images = np.ascontiguousarray(tiles if self._flat is None else tiles.squeeze(2 + self._flat), np.float32)
+        outs = (request.infer({0: images}, share_inputs=True, share_outputs=True)[0] for request in self._requests)
+        total: Float32
+        if self.head and len(self._requests) > 1:
+            total = np.concatenate(list(outs), axis=1)
+        else:
+            total = next(outs).copy()
+            for out in outs:
+                total += out
+            if len(self._requests) > 1:
+                total /= len(self._requests)
+        return total if self._flat is None else np.expand_dims(total, 2 + self._flat)
+
+    def zeros(self, shape: tuple[int, ...]) -> Float32:
+        """See `Engine`."""
+        return np.zeros(shape, dtype=np.float32)
+
+    def array(self, values: Float32) -> Float32:
+        """See `Engine`."""
+        return values
+
+    def numpy(self, values: Float32) -> Float32:
+        """See `Engine`."""
+        return values
+
+
+def pick_device(name: str) -> Any:
+    """A torch device: the one named, or for "auto" the GPU where there is one.
+
+    Raises InputError where a GPU is asked for and torch sees none.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch sees no GPU", "Use --device cpu, or install a torch built for this GPU's driver")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"no device is called {name!r}", "Say auto, cpu or cuda")
+    return torch.device(name)
+
+
+def import_openvino() -> Any:
+    """OpenVINO, without what it would send.
+
+    On being imported, its model converter reports that to Google Analytics, and leaves a number for
+    this user in the home folder, unless it finds no openvino_telemetry: then it says nothing, by its
+    own design. It is made not to find it, and the converter, which nobody here needs, is passed over.
+    """
+    converter = "openvino.tools.ovc"
+    fresh = "openvino" not in sys.modules
+    if fresh:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        sys.modules.setdefault(converter, None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError:
+        raise InputError("OpenVINO is not installed", "Use --engine torch-cpu, or pip install openvino") from None
+    finally:
+        if fresh and sys.modules.get(converter) is None:
+            del sys.modules[converter]
+    return openvino
+
+
 def flips(mirror: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Every set of the axes, the empty one first: (0, 1) gives (), (0,), (1,), (0, 1)."""
     return tuple(chain.from_iterable(combinations(mirror, n) for n in range(len(mirror) + 1)))
+
+
+def _choose(package: ModelPackage) -> str:
+    if any(Path(mark).exists() for mark in _GPU_MARKS):
+        import torch
+
+        if torch.cuda.is_available():
+            return "torch-cuda"
+    at_hand = package.graphs and importlib.util.find_spec("openvino")
+    return "openvino" if at_hand and _agrees(package, "openvino-f32") else "torch-cpu"
+
+
+def _agrees(package: ModelPackage, engine: str) -> bool:
+    """Whether the package does not know better."""
+    return engine not in package.engines or package.engines[engine].least_dice >= LEAST_DICE
+
+
+def _networks(package: ModelPackage, device: torch.device) -> list[nn.Module]:
+    networks = []
+    for weights in package.members:
+        network = build(package.configuration, len(package.plan.channels), package.classes)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError:
+            raise InputError(
+                f"the weights of {package.name} do not fit its plan", "Get the package again, or train it anew"
+            ) from None
+        networks.append(network.to(device).eval())
+    return networks
+
+
+def _split(networks: list[nn.Module], classes: int) -> tuple[list[nn.Module], Head | None]:
+    """The networks, without their heads where `splits` says so."""
+    parts = [part for part in map(split_head, networks) if part is not None]
+    features = sum(weight.shape[1] for _, weight, _ in parts)
+    if len(parts) < len(networks) or not splits(classes, features):
+        return networks, None
+    arrays = [(weight.float().cpu().numpy(), bias.float().cpu().numpy()) for _, weight, bias in parts]
+    return [body for body, _, _ in parts], _joined(arrays)
+
+
+def _joined(heads: list[tuple[Float32, Float32]]) -> Head:
+    """The mean of several heads, each of which takes features of its own: one head of them all."""
+    weight = np.concatenate([weight for weight, _ in heads], axis=1) / np.float32(len(heads))
+    bias = np.stack([bias for _, bias in heads]).mean(axis=0)
+    return Head(weight.astype(np.float32), bias.astype(np.float32))
+
+
+def _stored_head(package: ModelPackage) -> Head | None:
+    """As `_split`, from files."""
+    from safetensors import safe_open
+
+    try:
+        graphs = [read(path.read_bytes()) for path in package.graphs]
+    except (OSError, ValueError):
+        raise InputError(f"the files of {package.name} are not what they were", "Get the package again") from None
+    if any(len(graph.outputs) == 1 for graph in graphs):
+        return None
+    if not splits(package.classes, sum(int(graph.outputs[1].shape[1]) for graph in graphs)):
+        return None
+    heads = []
+    for member, graph in zip(package.members, graphs, strict=True):
+        if not isinstance(member, StoredWeights):
+            return None  # not so in a package that was loaded
+        with safe_open(member.path, framework="np") as file:
+            weight, bias = (file.get_tensor(name) for name in head_of(graph))
+        heads.append((weight.reshape(weight.shape[0], -1), bias))
+    return _joined(heads)
+
+
+def _torch_precision(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f16"
+    return "bf16" if _BF16_FLAGS & processor_flags() else "f32"
+
+
+def _openvino_precision(core: Any, package: ModelPackage) -> str:
+    able = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if able and _agrees(package, "openvino-bf16") else "f32"
+
+
+def processor_flags() -> frozenset[str]:
+    """What Linux says that the processor can do; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())

@@ -6,26 +6,21 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.core.errors import InputError
 from medseg.core.progress import Progress, silent
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.budget import within
-from medseg.infer.engine import Engine, TorchEngine
+from medseg.infer.engine import Engine, open_engine
 from medseg.infer.refine import chosen, keep_only, without_small
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.window import OVERLAP, Box, sweep
-from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Plan
 from medseg.preprocess.regrid import preprocess
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Prediction:
 class Predictor:
     """A model loaded once, for many scans.
 
-    ``device`` is "cpu", "cuda" or "auto". ``memory`` bounds, in bytes, what a prediction takes in all;
+    ``engine`` is one of `medseg.infer.engine.ENGINES`. ``memory`` bounds, in bytes, what a prediction takes in all;
     by default most of what is free. Raises InputError where the package's weights are not of the
     network that its plan describes.
     """
@@ -66,7 +61,7 @@ class Predictor:
     def __init__(
         self,
         package: ModelPackage,
-        device: str = "auto",
+        engine: str = "auto",
         *,
         memory: int | None = None,
         threads: int | None = None,
@@ -79,7 +74,7 @@ class Predictor:
         self.digest = package.digest()
         self.overlap = overlap
         self.scans_held = scans_held
-        self.engine = _engine(package, pick_device(device))
+        self.engine = open_engine(package, engine, self.threads)
 
     def predict(
         self,
@@ -119,13 +114,14 @@ class Predictor:
         warnings += [f"{count} small pieces of {name} were taken away" for name, count in removed.items()]
         if not any(o.voxels for o in organs):
             warnings = ["nothing was found"]
+        warnings += self.engine.notes
         seconds = time.perf_counter() - started
         return Prediction(label_map, organs, self.package.name, self.digest, seconds, tuple(warnings), made.probability)
 
 
-def predict(volume: Volume, package: ModelPackage, *, device: str = "auto") -> Prediction:
+def predict(volume: Volume, package: ModelPackage, *, engine: str = "auto") -> Prediction:
     """Segment one scan; for several, load a `Predictor` once."""
-    return Predictor(package, device).predict(volume)
+    return Predictor(package, engine).predict(volume)
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ def segment(
         sweep(engine, prepared.values, tiling, wanted=_seen(prepared.values), tell=tell),
         prepared.grid,
         volume.grid,
-        Decision(len(numbers)),
+        Decision(len(numbers), head=engine.head),
         probability=probability,
         keep=keep,
         threads=threads,
@@ -199,21 +195,6 @@ def _seen(image: NDArray[np.float32]) -> Callable[[Box], bool] | None:
         return any(float(part.max()) > low for part, low in zip(image[(slice(None), *box)], lowest, strict=True))
 
     return seen
-
-
-def _engine(package: ModelPackage, device: Any) -> Engine:
-    classes = len(package.plan.labels) + 1
-    networks: list[nn.Module] = []
-    for weights in package.members:
-        network = build(package.configuration, len(package.plan.channels), classes)
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError:
-            raise InputError(
-                f"the weights of {package.name} do not fit its plan", "Get the package again, or train it anew"
-            ) from None
-        networks.append(network.to(device).eval())
-    return TorchEngine(networks, package.configuration, classes, device)
 
 
 def describe(label_map: LabelMap, tally: Tally, numbers: Sequence[int]) -> tuple[Organ, ...]:
@@ -243,19 +224,3 @@ def describe(label_map: LabelMap, tally: Tally, numbers: Sequence[int]) -> tuple
 
 def _mean(total: float, count: int) -> float | None:
     return float(total / count) if count else None
-
-
-def pick_device(name: str) -> Any:
-    """A torch device: the one named, or for "auto" the GPU where there is one.
-
-    Raises InputError where a GPU is asked for and torch sees none.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch sees no GPU", "Use --device cpu, or install a torch built for this GPU's driver")
-    if name not in ("cpu", "cuda"):
-        raise InputError(f"no device is called {name!r}", "Say auto, cpu or cuda")
-    return torch.device(name)

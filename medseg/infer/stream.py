@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from medseg.core.grid import Grid
 from medseg.core.resample import AxisMap, axis_maps
+from medseg.infer.engine import Head
 from medseg.infer.window import Box, Slab
 
 Float32 = NDArray[np.float32]
@@ -30,22 +31,18 @@ class Decision:
     ``regions``, each logit above zero paints its class, later ones over earlier ones, on background.
     Probabilities are those of the logits divided by ``temperature``.
 
-    ``head`` (weight (classes, n), bias (classes,)), where given, makes logits of n features first:
-    features are averaged and interpolated in their place, which comes to the same.
+    ``head``, where given, makes logits of features first: these are averaged and interpolated in
+    their place, which comes to the same.
     """
 
     classes: int
     regions: tuple[int, ...] | None = None
     temperature: float = 1.0
-    head: tuple[Float32, Float32] | None = None
+    head: Head | None = None
 
     def logits(self, values: Float32) -> Float32:
         """Logits (outputs, ...) of what a slab holds (outputs or features, ...)."""
-        if self.head is None:
-            return values
-        weight, bias = self.head
-        made = weight @ values.reshape(len(values), -1) + bias[:, None]
-        return made.reshape(-1, *values.shape[1:])
+        return values if self.head is None else self.head.apply(values)
 
     def winner(self, logits: Float32) -> NDArray[Any]:
         """The class (...) of logits (outputs, ...)."""

@@ -1,11 +1,13 @@
 """What is shipped: a folder of weights, plan, card and checksums. Data only; loading it runs
-nobody's code."""
+nobody's code, and neither torch nor monai."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +16,9 @@ from pydantic import Field, ValidationError
 from medseg.core.errors import InputError
 from medseg.core.provenance import digest
 from medseg.io.files import new_folder, read_json, write_bytes, write_json, write_text
-from medseg.plan.plan import Configuration, Plan, Strict, read_plan, write_plan
+from medseg.models.build import build
+from medseg.models.portable import NotPortableError, check, export, layout
+from medseg.plan.plan import Configuration, Finite, Plan, Share, Strict, read_plan, write_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,34 +27,89 @@ INDEX = "package.json"
 _ANOTHER = "Get the package again, or train it anew"
 
 
-class Index(Strict):
-    """What ``package.json`` holds."""
+class Agreement(Strict):
+    """How far an engine's results are those of torch in float32, on cases that no member was trained
+    on: the largest difference of a logit, the share of voxels with the same label, and the least
+    Dice of a label between the two."""
 
-    format: Literal[1]
+    precision: str
+    cases: tuple[str, ...]
+    largest_difference: Finite
+    label_agreement: Share
+    least_dice: Share
+
+
+class Index(Strict):
+    """What ``package.json`` holds. Format 1 had no graphs and no engines."""
+
+    format: Literal[1, 2]
     task: str
     configuration: str
     members: Annotated[tuple[str, ...], Field(min_length=1)]
+    graphs: tuple[str, ...] = ()
+    not_portable: str = ""
     checksums: dict[str, str]
+    engines: Annotated[dict[str, Agreement], Field(default_factory=dict)]
     trained_on: tuple[str, ...]
     held_out: tuple[str, ...]
     provenance: dict[str, Any]
+
+
+class StoredWeights(Mapping[str, "Tensor"]):
+    """Weights in a safetensors file, by tensor name; read when they are asked for."""
+
+    def __init__(self, path: Path, checksum: str) -> None:
+        self.path, self.checksum = path, checksum
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        if name not in self:
+            raise KeyError(name)
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="np") as file:
+            return list(file.keys())
 
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """A trained model. ``members`` are the weights of one network per fold, by tensor name;
+    """A trained model. ``members`` are the weights of one network per fold, by tensor name, in memory
+    or in files; ``graphs`` the members' ONNX files, none where ``not_portable`` says why;
     ``held_out`` names the cases that no member was trained on."""
 
     plan: Plan
     configuration_name: str
-    members: tuple[dict[str, Tensor], ...]
+    members: tuple[Mapping[str, Tensor], ...]
     trained_on: tuple[str, ...]
     held_out: tuple[str, ...]
     provenance: dict[str, Any]
+    graphs: tuple[Path, ...] = field(default=(), compare=False)
+    not_portable: str = field(default="", compare=False)
+    engines: dict[str, Agreement] = field(default_factory=dict)
 
     @property
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
+
+    @property
+    def classes(self) -> int:
+        """Labels and the background."""
+        return len(self.plan.labels) + 1
 
     @property
     def name(self) -> str:
@@ -58,9 +117,8 @@ class ModelPackage:
         return f"{self.plan.task} {self.configuration_name}"
 
     def digest(self) -> str:
-        """SHA-256 of plan, configuration and weights: which model this is."""
-        hashes = [hashlib.sha256(_pack(m)).hexdigest() for m in self.members]
-        return digest([self.plan.digest(), self.configuration_name, hashes])
+        """SHA-256 of plan, configuration and weights: which model this is, wherever it lies."""
+        return digest([self.plan.digest(), self.configuration_name, [_checksum(m) for m in self.members]])
 
 
 def save_package(folder: Path, package: ModelPackage) -> None:
@@ -70,20 +128,27 @@ def save_package(folder: Path, package: ModelPackage) -> None:
     The index moves last.
     """
     new_folder(folder, holds=INDEX)
-    members = {f"member{i}.safetensors": _pack(weights) for i, weights in enumerate(package.members)}
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
         aside = Path(name)
-        for member, data in members.items():
-            write_bytes(aside / member, data)
+        members = tuple(f"member{i}.safetensors" for i in range(len(package.members)))
+        for member, weights in zip(members, package.members, strict=True):
+            if isinstance(weights, StoredWeights):
+                shutil.copyfile(weights.path, aside / member)
+            else:
+                write_bytes(aside / member, _pack(weights))
+        graphs, reason = _write_graphs(aside, members, package)
         write_plan(aside / "plan.json", package.plan)
         write_text(aside / "README.md", _card(package))
-        named = ("plan.json", *members)
+        named = ("plan.json", *members, *graphs)
         index = Index(
-            format=1,
+            format=2,
             task=package.plan.task,
             configuration=package.configuration_name,
-            members=tuple(members),
-            checksums={file: hashlib.sha256((aside / file).read_bytes()).hexdigest() for file in named},
+            members=members,
+            graphs=graphs,
+            not_portable=reason,
+            checksums={file: _hash(aside / file) for file in named},
+            engines=package.engines,
             trained_on=package.trained_on,
             held_out=package.held_out,
             provenance=package.provenance,
@@ -92,33 +157,34 @@ def save_package(folder: Path, package: ModelPackage) -> None:
         (folder / INDEX).unlink(missing_ok=True)
         for file in (*named, "README.md", INDEX):
             (aside / file).replace(folder / file)
+        for old in (*folder.glob("member*.safetensors"), *folder.glob("member*.onnx")):
+            if old.name not in named:
+                old.unlink()
+
+
+def record_engines(folder: Path, engines: dict[str, Agreement]) -> None:
+    """Write into a package's index how far engines agree with torch. Atomic."""
+    index = _index(folder)
+    write_json(folder / INDEX, index.model_copy(update={"engines": engines}).model_dump(mode="json"))
 
 
 def load_package(folder: Path) -> ModelPackage:
-    """Read a package. Raises InputError where it is none, of another format, or where a file's
-    checksum is not what the index says."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    """Read a package, all but its weights, which are read when they are asked for.
 
-    if not folder.is_dir() or not (folder / INDEX).exists():
-        raise InputError(
-            f"{folder} is no model package: it has no {INDEX}", "Name the folder that `medseg train` wrote"
-        )
-    try:
-        index = Index.model_validate(read_json(folder / INDEX, _ANOTHER))
-    except ValidationError:
-        raise InputError(f"{folder / INDEX} has another format", "Use the medseg version that wrote it") from None
-    names = index.members
+    Raises InputError where it is none, of another format, where a file's checksum is not what the
+    index says, or where a graph holds anything but this model's network.
+    """
+    index = _index(folder)
+    names = (*index.members, *index.graphs)
     if any(Path(name).name != name or name not in index.checksums for name in names):
         raise InputError(f"{folder / INDEX} names members that it has no checksum for", _ANOTHER)
     for name in ("plan.json", *names):
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index.checksums.get(name):
+        if not path.is_file() or _hash(path) != index.checksums.get(name):
             raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
-    try:
-        members = tuple(load((folder / name).read_bytes()) for name in names)
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"the weights in {folder} cannot be read ({error})", _ANOTHER) from None
+    members = tuple(StoredWeights(folder / name, index.checksums[name]) for name in index.members)
+    for weights in members:
+        _require_readable(weights.path)
     package = ModelPackage(
         plan=read_plan(folder / "plan.json"),
         configuration_name=index.configuration,
@@ -126,12 +192,74 @@ def load_package(folder: Path) -> ModelPackage:
         trained_on=index.trained_on,
         held_out=index.held_out,
         provenance=index.provenance,
+        graphs=tuple(folder / name for name in index.graphs),
+        not_portable=index.not_portable,
+        engines=index.engines,
     )
     package.plan.configuration(package.configuration_name)
+    _require_own_graphs(package, members)
     return package
 
 
-def _pack(weights: dict[str, Tensor]) -> bytes:
+def _index(folder: Path) -> Index:
+    if not folder.is_dir() or not (folder / INDEX).exists():
+        raise InputError(
+            f"{folder} is no model package: it has no {INDEX}", "Name the folder that `medseg train` wrote"
+        )
+    try:
+        return Index.model_validate(read_json(folder / INDEX, _ANOTHER))
+    except ValidationError:
+        raise InputError(f"{folder / INDEX} has another format", "Use the medseg version that wrote it") from None
+
+
+def _require_readable(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            file.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"the weights in {path} cannot be read ({error})", _ANOTHER) from None
+
+
+def _require_own_graphs(package: ModelPackage, members: tuple[StoredWeights, ...]) -> None:
+    if package.graphs and len(package.graphs) != len(members):
+        raise InputError(f"{package.name} has ONNX files for some of its members only", _ANOTHER)
+    for path, weights in zip(package.graphs, members, strict=False):
+        try:
+            check(path, layout(weights.path), package.configuration, len(package.plan.channels), package.classes)
+        except ValueError as error:
+            raise InputError(f"{path} is not this model's network: {error}", _ANOTHER) from None
+
+
+def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage) -> tuple[tuple[str, ...], str]:
+    """Write each member's ONNX file; their names, or none and why there can be none."""
+    import torch
+
+    files = {}
+    try:
+        for member in members:
+            with torch.device("meta"):
+                network = build(package.configuration, len(package.plan.channels), package.classes)
+            data = export(network, len(package.plan.channels), package.classes, layout(folder / member))
+            files[member.replace(".safetensors", ".onnx")] = data
+    except NotPortableError as error:
+        return (), str(error)
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    return tuple(files), ""
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
+    return weights.checksum if isinstance(weights, StoredWeights) else hashlib.sha256(_pack(weights)).hexdigest()
+
+
+def _pack(weights: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
     return save({name: tensor.contiguous() for name, tensor in sorted(weights.items())})

@@ -18,8 +18,8 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.provenance import digest, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
-from medseg.infer.engine import TorchEngine
-from medseg.infer.predict import pick_device, segment
+from medseg.infer.engine import TorchEngine, pick_device
+from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore, StoredCase
 from medseg.models.build import build

@@ -97,7 +97,7 @@ def made(tiny_task: Callable[..., Path], small_plan: Any, tmp_path_factory: pyte
     one.outcomes["train"] = call("train", one.run, "--epochs", 1, "--threads", 1, "--device", "cpu")
     predictions = one.fold / "predictions"
     one.outcomes["predict"] = call(
-        "predict", one.task, "--held-out", "-m", one.model, "-o", predictions, "--threads", 1, "--device", "cpu"
+        "predict", one.task, "--held-out", "-m", one.model, "-o", predictions, "--threads", 1
     )
     one.outcomes["evaluate"] = call("evaluate", predictions, one.task, "-o", one.fold)
     one.outcomes["report"] = call("report", one.run)

@@ -19,7 +19,7 @@ from medseg.cli.channels import ChannelScan, parse_channels
 from medseg.core.errors import InputError
 from medseg.io.nifti import read_volume
 
-QUICK = ("--threads", 1, "--device", "cpu")
+QUICK = ("--threads", 1)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ def test_every_verb_ends_well(made: Any, verb: str) -> None:
         "3d/preprocessed/store.json",
         "3d/fold0/model/package.json",
         "3d/fold0/model/member0.safetensors",
+        "3d/fold0/model/member0.onnx",
         "3d/fold0/model/plan.json",
         "3d/fold0/model/README.md",
         "3d/fold0/log.json",
@@ -46,6 +47,15 @@ def test_every_verb_ends_well(made: Any, verb: str) -> None:
 )
 def test_every_promised_file_is_there(made: Any, name: str) -> None:
     assert (made.run / name).stat().st_size > 0
+
+
+def test_the_model_says_how_far_engines_agree_on_held_out_cases(made: Any) -> None:
+    package = load_package(made.model)
+    found = package.engines["openvino-f32"]
+    assert found.cases
+    assert set(found.cases) <= set(package.held_out)
+    assert found.label_agreement > 0.9999
+    assert found.least_dice > 0.999
 
 
 def test_nothing_is_left_half_written(made: Any) -> None:

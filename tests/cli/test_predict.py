@@ -16,7 +16,7 @@ from medseg.io.sidecar import read_index
 from medseg.models.package import load_package
 
 LABELS = LabelSet.from_names(["left blob", "right blob"])
-QUICK = ("--threads", 1, "--device", "cpu")
+QUICK = ("--threads", 1)
 
 
 @pytest.fixture
@@ -249,8 +249,8 @@ def test_a_gpu_that_is_not_there(made: Any, medseg: Any, scans: Path, tmp_path: 
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    command = ["predict", scans, "-m", made.model, "-o", tmp_path / "out", "--device", "cuda", "--threads", 1]
-    medseg(*command).refused("torch sees no GPU", "--device cpu")
+    command = ["predict", scans, "-m", made.model, "-o", tmp_path / "out", "--engine", "torch-cuda", "--threads", 1]
+    medseg(*command).refused("torch sees no GPU")
     assert not (tmp_path / "out").exists()
 
 

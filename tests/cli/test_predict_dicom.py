@@ -35,7 +35,7 @@ def scan(made: Any, dicom_series: Any, tmp_path: Path) -> Path:
 def test_the_result_is_an_object_of_the_same_study(
     kind: str, made: Any, scan: Path, medseg: Any, tmp_path: Path
 ) -> None:
-    common = (scan, "-m", made.model, "--device", "cpu", "--threads", 1)
+    common = (scan, "-m", made.model, "--threads", 1)
     plain = medseg("predict", *common, "-o", tmp_path / "plain.nii.gz")
     assert plain.status == 0, plain
     done = medseg("predict", *common, "--to", kind, "-o", tmp_path / "out")
@@ -66,7 +66,7 @@ def test_nothing_found_is_written_and_said(
 ) -> None:
     """Over an earlier result that found something."""
     output = tmp_path / "a.dcm"
-    common = ("-m", made.model, "--device", "cpu", "--threads", 1, "--to", kind, "-o", output)
+    common = ("-m", made.model, "--threads", 1, "--to", kind, "-o", output)
     assert medseg("predict", scan, *common).status == 0
     earlier = output.read_bytes()
     monkeypatch.setattr(infer, "segment", lambda networks, volume, plan, *rest: nothing(volume, plan))
@@ -86,7 +86,7 @@ def test_nothing_found_is_written_and_said(
 
 def test_refusals(made: Any, scan: Path, medseg: Any, tmp_path: Path) -> None:
     nifti = made.task / "imagesTr" / "blob_000.nii.gz"
-    model = ("-m", made.model, "--device", "cpu")
+    model = ("-m", made.model)
     done = medseg("predict", nifti, *model, "--to", "dicom-seg", "-o", tmp_path / "out")
     assert done.status == 2
     assert "dicom-seg belongs to a DICOM series, and blob_000.nii.gz is none" in done.err

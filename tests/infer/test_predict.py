@@ -12,13 +12,13 @@ from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap, Volume
-from medseg.infer.engine import TorchEngine
-from medseg.infer.predict import Predictor, describe, pick_device, predict, segment
+from medseg.infer.engine import TorchEngine, pick_device
+from medseg.infer.predict import Predictor, describe, predict, segment
 from medseg.infer.stream import Tally
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 
-CPU = torch.device("cpu")
+CPU = torch.device("torch-cpu")
 OBLIQUE = Rotation.from_euler("xyz", (12, -20, 33), degrees=True).as_matrix()
 # One structure near 100, the other near 200; numbers with gaps, and beyond a byte.
 LABELS = {3: "spleen", 300: "liver"}
@@ -197,9 +197,9 @@ def untrained(plan: Any, configuration: str = "3d", members: int = 1, seed: int 
 def test_the_same_scan_gives_the_same_answer(small_plan: Any) -> None:
     volume, _ = two_balls(grid_about((1, 1, 2), np.eye(3)), noise=30)
     package = untrained(small_plan(labels=LABELS), members=2)
-    predictor = Predictor(package, "cpu")
+    predictor = Predictor(package, "torch-cpu")
     first, second = predictor.predict(volume), predictor.predict(volume)
-    third = predict(volume, package, device="cpu")
+    third = predict(volume, package, device="torch-cpu")
     for other in (second, third):
         assert np.array_equal(first.label_map.values, other.label_map.values)
         assert first.organs == other.organs
@@ -218,17 +218,17 @@ def test_several_members_are_their_average(small_plan: Any) -> None:
     plan = small_plan(labels=LABELS)
     one, two = untrained(plan, seed=1), untrained(plan, seed=2)
     both = ModelPackage(plan, "3d", one.members + two.members, ("a",), ("b",), {})
-    networks = [Predictor(p, "cpu").engine._networks[0] for p in (one, two)]
+    networks = [Predictor(p, "torch-cpu").engine._networks[0] for p in (one, two)]
     engine = TorchEngine(networks, plan.configuration("3d"), 3, CPU)
     labels = segment(engine, volume, plan, "3d").label_map
-    assert np.array_equal(Predictor(both, "cpu").predict(volume).label_map.values, labels.values)
+    assert np.array_equal(Predictor(both, "torch-cpu").predict(volume).label_map.values, labels.values)
     twice = ModelPackage(plan, "3d", one.members * 2, ("a",), ("b",), {})
-    alone = Predictor(one, "cpu").predict(volume).label_map.values
-    assert np.array_equal(Predictor(twice, "cpu").predict(volume).label_map.values, alone)
+    alone = Predictor(one, "torch-cpu").predict(volume).label_map.values
+    assert np.array_equal(Predictor(twice, "torch-cpu").predict(volume).label_map.values, alone)
 
 
 def test_other_channels_are_refused(small_plan: Any) -> None:
-    predictor = Predictor(untrained(small_plan(channels=("CT", "PET"))), "cpu")
+    predictor = Predictor(untrained(small_plan(channels=("CT", "PET"))), "torch-cpu")
     grid = Grid.from_spacing((8, 8, 8), 1.0)
     with pytest.raises(InputError, match=r"has 1 channels, the model takes 2 \(CT, PET\)"):
         predictor.predict(Volume(np.ones((1, 8, 8, 8), dtype=np.float32), grid))
@@ -240,12 +240,12 @@ def test_weights_of_another_network_are_refused(small_plan: Any) -> None:
     package = untrained(small_plan(features=(4, 8, 8)))
     other = ModelPackage(small_plan(features=(4, 8, 16)), "3d", package.members, ("a",), ("b",), {})
     with pytest.raises(InputError, match=r"do not fit its plan"):
-        Predictor(other, "cpu")
+        Predictor(other, "torch-cpu")
 
 
 def test_devices() -> None:
     assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "torch-cpu")
     with pytest.raises(InputError, match="no device is called 'tpu'"):
         pick_device("tpu")
 

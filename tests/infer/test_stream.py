@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from medseg.core.grid import Grid
 from medseg.core.resample import axis_maps
 from medseg.infer import stream
+from medseg.infer.engine import Head
 from medseg.infer.stream import Decision, Home
 from medseg.infer.window import Slab
 
@@ -263,7 +264,7 @@ def test_features_go_home_as_their_logits_would(classes: int) -> None:
     features = smooth(5, source.shape)
     weight, bias = rng.normal(size=(classes, 5)).astype(np.float32), rng.normal(size=classes).astype(np.float32)
     logits = np.tensordot(weight, features, 1) + bias.reshape(-1, 1, 1, 1)
-    made = home(features, source, onto, [3], decision=Decision(classes, head=(weight, bias)))
+    made = home(features, source, onto, [3], decision=Decision(classes, head=Head(weight, bias)))
     check(logits.astype(np.float32), source, onto)
     expected, _, margin, _, _ = obvious(logits, source, onto)
     clear = margin > 1e-4

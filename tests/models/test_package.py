@@ -4,6 +4,8 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,14 @@ import torch
 
 from medseg.core.errors import InputError
 from medseg.models.build import build
-from medseg.models.package import INDEX, ModelPackage, load_package, save_package
+from medseg.models.package import (
+    INDEX,
+    Agreement,
+    ModelPackage,
+    load_package,
+    record_engines,
+    save_package,
+)
 from medseg.plan.plan import Plan, parse_plan
 
 PLAN = {
@@ -114,6 +123,56 @@ def test_a_package_moves_and_copies_as_a_folder(tmp_path: Path, folder: Path) ->
     assert same(load_package(tmp_path / "elsewhere"), package())
 
 
+def test_a_package_of_format_1_is_read(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    old = {k: v for k, v in index.items() if k not in ("graphs", "not_portable", "engines")}
+    (folder / INDEX).write_text(json.dumps({**old, "format": 1}))
+    found = load_package(folder)
+    assert same(found, package())
+    assert found.digest() == package().digest()
+    assert found.graphs == ()
+
+
+def test_weights_are_read_when_they_are_asked_for(folder: Path) -> None:
+    found = load_package(folder)
+    digest = found.digest()
+    (folder / "member0.safetensors").unlink()
+    assert found.digest() == digest
+    assert set(found.members[1]) == set(weights(1))
+    assert len(found.members[1]) == len(weights(1))
+    with pytest.raises(KeyError):
+        found.members[1]["nothing"]
+    with pytest.raises(FileNotFoundError):
+        dict(found.members[0])
+
+
+def test_a_package_that_was_read_is_written_with_the_same_bytes(tmp_path: Path, folder: Path) -> None:
+    agreement = Agreement(
+        precision="f32", cases=("c",), largest_difference=1e-5, label_agreement=0.99998, least_dice=0.9999
+    )
+    record_engines(folder, {"openvino-f32": agreement})
+    found = load_package(folder)
+    assert found.engines == {"openvino-f32": agreement}
+    save_package(tmp_path / "again", found)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_a_smaller_ensemble_leaves_nothing_of_a_larger_one(folder: Path) -> None:
+    save_package(folder, package(1))
+    assert sorted(p.name for p in folder.glob("member*")) == ["member0.onnx", "member0.safetensors"]
+
+
+def test_reading_imports_neither_torch_nor_monai(folder: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from medseg.models.package import load_package;"
+        "package = load_package(Path(sys.argv[1])); print(package.digest(), *package.graphs);"
+        "sys.exit(bool({'torch', 'monai'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    assert package().digest() in done.stdout
+
+
 # ---- the digest ---------------------------------------------------------------------------------
 
 
@@ -194,7 +253,7 @@ def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "is no model package")
 
 
-@pytest.mark.parametrize("name", ["member0.safetensors", "member1.safetensors", "plan.json"])
+@pytest.mark.parametrize("name", ["member0.safetensors", "member1.safetensors", "member1.onnx", "plan.json"])
 @pytest.mark.parametrize("where", [0, 0.5, -1])
 def test_a_changed_byte_is_noticed(folder: Path, name: str, where: float) -> None:
     data = bytearray((folder / name).read_bytes())
@@ -203,7 +262,7 @@ def test_a_changed_byte_is_noticed(folder: Path, name: str, where: float) -> Non
     refused(folder, rf"{name} is missing or was changed")
 
 
-@pytest.mark.parametrize("name", ["member0.safetensors", "member1.safetensors", "plan.json"])
+@pytest.mark.parametrize("name", ["member0.safetensors", "member1.safetensors", "member1.onnx", "plan.json"])
 def test_a_missing_file_is_noticed(folder: Path, name: str) -> None:
     (folder / name).unlink()
     refused(folder, rf"{name} is missing or was changed")
@@ -212,7 +271,7 @@ def test_a_missing_file_is_noticed(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 3},
         {"format": "1"},
         {"format": ...},
         {"code": "import os"},
@@ -227,6 +286,9 @@ def test_a_missing_file_is_noticed(folder: Path, name: str) -> None:
         {"held_out": None},
         {"provenance": "me"},
         {"configuration": ["3d"]},
+        {"graphs": "member0.onnx"},
+        {"engines": []},
+        {"engines": {"openvino-f32": {"precision": "f32"}}},
         {"task": None},
     ],
     ids=str,
@@ -251,6 +313,12 @@ def test_members_outside_the_folder_or_absent_are_refused(folder: Path, name: st
     digest = hashlib.sha256(outside.read_bytes()).hexdigest()
     edit(folder, members=[name], checksums={**checksums, name: digest} if signed else checksums)
     refused(folder, "names members|is missing or was changed")
+
+
+@pytest.mark.parametrize("graphs", [["member0.onnx"], ["member1.onnx", "member0.onnx"], ["../member0.onnx"] * 2])
+def test_graphs_of_other_members_are_refused(folder: Path, graphs: list[str]) -> None:
+    edit(folder, graphs=graphs)
+    refused(folder, "for some of its members only|are not those of|names members")
 
 
 class Bomb:

@@ -107,7 +107,7 @@ def test_a_bright_ball_is_learnt_in_seconds(small_plan: Any, task: Task, tmp_pat
     assert records[-1]["loss"] < records[0]["loss"]
     # What the package predicts is what validation saw.
     volume, reference = load_case(task, task.case(bench.held_out[0]))
-    made = Predictor(package, "cpu").predict(volume)
+    made = Predictor(package, "torch-cpu").predict(volume)
     scores = []
     for number in plan.label_set.numbers:
         found, true = made.label_map.values == number, reference.values == number
