@@ -18,7 +18,7 @@ from medseg.infer.stream import Tally
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 
-CPU = torch.device("torch-cpu")
+CPU = torch.device("cpu")
 OBLIQUE = Rotation.from_euler("xyz", (12, -20, 33), degrees=True).as_matrix()
 # One structure near 100, the other near 200; numbers with gaps, and beyond a byte.
 LABELS = {3: "spleen", 300: "liver"}
@@ -199,7 +199,7 @@ def test_the_same_scan_gives_the_same_answer(small_plan: Any) -> None:
     package = untrained(small_plan(labels=LABELS), members=2)
     predictor = Predictor(package, "torch-cpu")
     first, second = predictor.predict(volume), predictor.predict(volume)
-    third = predict(volume, package, device="torch-cpu")
+    third = predict(volume, package, engine="torch-cpu")
     for other in (second, third):
         assert np.array_equal(first.label_map.values, other.label_map.values)
         assert first.organs == other.organs
@@ -245,7 +245,7 @@ def test_weights_of_another_network_are_refused(small_plan: Any) -> None:
 
 def test_devices() -> None:
     assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "torch-cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(InputError, match="no device is called 'tpu'"):
         pick_device("tpu")
 
