@@ -111,7 +111,7 @@ def refuse_overlaps(clashes: dict[tuple[int, int], int], names: dict[int, str]) 
         (one, other), count = max(clashes.items(), key=lambda item: item[1])
         raise InputError(
             f"{names[one]!r} and {names[other]!r} overlap in {count} voxels",
-            "A label map holds one label per voxel; choose structures that do not overlap, by name",
+            "A label map holds one label per voxel; choose structures that do not overlap, by name (--only)",
         )
 
 

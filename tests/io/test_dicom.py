@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import random
 import stat
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -118,6 +119,19 @@ def test_progress_is_told_of_files_and_of_slices(dicom_series: Any, tmp_path: Pa
 
     read_scan(tmp_path, progress=watch)
     assert seen == [(5, 5), (4, 4)]
+
+
+@pytest.mark.parametrize("intercept", [-1000, 0, -1000.5])
+def test_reading_takes_at_most_half_more_than_the_volume(dicom_series: Any, tmp_path: Path, intercept: float) -> None:
+    dicom_series(tmp_path, shape=(256, 256, 40), RescaleIntercept=intercept)
+    series = only(tmp_path)
+    tracemalloc.start()
+    try:
+        volume = read_series(series)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * volume.values.nbytes
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -62,6 +62,22 @@ def test_a_hole_is_tied_to_the_rim_by_a_channel_of_no_width() -> None:
     assert area == 35 - 0.5 - 0.5  # its rim is half a pixel inside, its hole's half of a pixel
 
 
+def test_a_contour_of_any_length_is_decimal_text(dicom_series: Any, tmp_path: Path) -> None:
+    """A sponge: more points than explicit value representations have room for."""
+    paths = dicom_series(tmp_path / "s", shape=(150, 140, 2), FrameOfReferenceUID="1.2.3.4")
+    reference = read_reference(paths)
+    values = (np.random.default_rng(0).random(reference.grid.shape) < 0.8).astype(np.uint8)
+    label_map = LabelMap(values, reference.grid, LabelSet.from_names(["sponge"]))
+    write_rtstruct(tmp_path / "a.dcm", label_map, reference, Algorithm("MANUAL", "hand", "-"))
+    made = pydicom.dcmread(tmp_path / "a.dcm")
+    longest = max(made.ROIContourSequence[0].ContourSequence, key=lambda c: c.NumberOfContourPoints)
+    assert longest["ContourData"].VR == "DS"
+    assert len("\\".join(map(str, longest.ContourData))) > 65_535
+    assert all(len(str(value)) <= 16 for value in longest.ContourData)
+    read = read_rtstruct(tmp_path / "a.dcm", reference.grid)
+    np.testing.assert_array_equal(read.label_map.values, values)
+
+
 def test_inner_contours_make_holes() -> None:
     square = [np.array([[0, 0], [0, 6], [6, 6], [6, 0]]) + 0.5, np.array([[2, 2], [2, 4], [4, 4], [4, 2]]) + 0.5]
     mask = filled([s.astype(float) for s in square], (8, 8))
