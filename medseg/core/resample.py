@@ -86,8 +86,6 @@ def spline_weights(positions: Float64, size: int) -> Float32:
     """
     if size < 2:
         return linear_weights(positions, size)
-    from scipy.ndimage import spline_filter1d
-
     clamped = np.clip(positions, 0, size - 1)
     first = np.floor(clamped).astype(int) - 1
     t = clamped - first - 1
@@ -99,8 +97,13 @@ def spline_weights(positions: Float64, size: int) -> Float32:
         index = np.abs(first + offset) % period
         index = np.where(index >= size, period - index, index)
         np.add.at(weights, (rows, index), value / 6)
-    prefilter = spline_filter1d(np.eye(size), order=3, axis=0, mode="mirror")
-    return np.asarray(weights @ prefilter, dtype=np.float32)
+    # The coefficients are those whose spline passes through the values: 1/6, 4/6, 1/6 of each and its
+    # neighbours, mirrored at the ends.
+    through = (
+        np.diag(np.full(size, 4 / 6)) + np.diag(np.full(size - 1, 1 / 6), 1) + np.diag(np.full(size - 1, 1 / 6), -1)
+    )
+    through[0, 1] = through[-1, -2] = 2 / 6
+    return np.asarray(np.linalg.solve(through.T, weights.T).T, dtype=np.float32)
 
 
 @overload

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
@@ -46,8 +45,13 @@ def without_small(label_map: LabelMap, smallest_mm3: float) -> tuple[LabelMap, d
 
     A piece is what touches by faces, edges or corners. The pieces become background.
     """
+    if smallest_mm3 <= 0:
+        return label_map, {}
+    from scipy import ndimage
+
     fewest = smallest_mm3 / label_map.grid.voxel_volume
-    values, removed = label_map.values, {}
+    values = label_map.values
+    removed: dict[str, int] = {}
     boxes = ndimage.find_objects(values)
     out: NDArray[np.integer] | None = None
     for label in label_map.labels:

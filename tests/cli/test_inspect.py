@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from medseg.core.labels import LabelSet
 from medseg.io.nifti import read_labels, read_volume
 
-QUICK = ("--threads", 1, "--device", "cpu")
+QUICK = ("--threads", 1)
 SECRETS = ("Roe", "Richarda", "471199", "19031224", "1903AB24", "771177")
 LABELS = LabelSet.from_names(["left blob", "right blob"])
 
