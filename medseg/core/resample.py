@@ -23,6 +23,9 @@ Float32 = NDArray[np.float32]
 # Positions this close to a voxel's centre (in voxels) are that voxel: below it, interpolation
 # would only smear rounding errors of the affine.
 _ON_VOXEL = 1e-3
+# Rows of a banded matrix that are applied at one time, and what in it is too small for float32 to tell.
+_ROWS = 32
+_NOTHING = 1e-8
 # Voxels of a large image that are treated at one time.
 _AT_ONCE = 2**23
 
@@ -228,18 +231,23 @@ def _apply(values: NDArray[Any], maps: tuple[AxisMap | None, ...], weights: Any)
 
 
 def _along(values: NDArray[Any], axis: int, weights: Float32) -> NDArray[Any]:
-    """Values (X, Y, Z) with a matrix applied along an axis, as products of matrices that lie in memory
-    as they are, whichever axis varies fastest."""
+    """Values (X, Y, Z) with a matrix applied along an axis.
+
+    The matrix is banded, so that some rows of it at a time meet few of the values. The axis that
+    varies fastest in memory costs no copy, and the result varies fastest along the next slower one.
+    """
     order = sorted(range(3), key=lambda a: -abs(values.strides[a]))
+    order.append(order.pop(order.index(axis)))
     lying = values.transpose(order)
-    place = order.index(axis)
-    if place == 2:
-        made = lying @ weights.T
-    elif place == 1:
-        made = weights @ lying
-    else:
-        made = (weights @ lying.reshape(len(lying), -1)).reshape(len(weights), *lying.shape[1:])
-    return made.transpose(np.argsort(order))
+    flat = lying.reshape(-1, lying.shape[2])
+    out = np.empty((len(weights), len(flat)), dtype=np.float32)
+    for first in range(0, len(weights), _ROWS):
+        rows = weights[first : first + _ROWS]
+        used = np.flatnonzero((np.abs(rows) > _NOTHING).any(axis=0))
+        near = slice(int(used[0]), int(used[-1]) + 1)
+        np.matmul(rows[:, near], flat[:, near].T, out=out[first : first + _ROWS])
+    made = out.reshape(len(weights), *lying.shape[:2])
+    return made.transpose(np.argsort([order[2], *order[:2]]))
 
 
 def _outside(out: NDArray[Any], maps: tuple[AxisMap, ...], sizes: tuple[int, ...], fill: float) -> None:

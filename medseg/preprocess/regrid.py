@@ -51,7 +51,8 @@ def _filled(volume: Volume) -> list[NDArray[np.bool_]]:
         far = int(np.argmax(np.abs(values.strides)))
         first, second = (a for a in range(3) if a != far)
         for number in range(values.shape[far]):
-            plane = values.take(number, axis=far) != 0
+            # Not numpy's take, which would turn the whole array first.
+            plane = values[(slice(None),) * far + (number,)] != 0
             along = plane.any(axis=1)
             if along.any():
                 filled[far][number] = True
