@@ -1,6 +1,6 @@
 """Time one tile in each engine, and the way from nothing to the first result.
 
-    python benchmarks/predict/engines.py                       # nnU-Net's default 3D network, 128^3, 25 classes
+    python benchmarks/predict/engines.py --f32                 # nnU-Net's default 3D network, 128^3, 25 classes
     python benchmarks/predict/engines.py --network hippocampus # a network of Task04's size
 
 Weights are random: they cost what trained ones cost. Each engine runs in a process of its own, round
@@ -96,6 +96,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiles", type=int, default=2, help="tiles in each process")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--f32", action="store_true", help="leave torch in bf16 out, which takes minutes without AVX-512"
+    )
     parser.add_argument("--one", nargs=3, metavar=("FOLDER", "ENGINE", "PRECISION"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -104,7 +107,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "model", **NETWORKS[options.network])
-        found: dict[tuple[str, str], list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+        found: dict[tuple[str, str], list[dict[str, float]]] = {
+            engine: [] for engine in ENGINES if not options.f32 or engine[1] == "f32"
+        }
         for _ in range(options.repeat):
             for engine, runs in found.items():
                 command = [sys.executable, __file__, "--threads", str(options.threads), "--tiles", str(options.tiles)]
