@@ -237,13 +237,10 @@ def _channel(trained: ChannelExperience, now: ChannelPrint, known: str | None) -
     name = f"channel {trained.name}"
     if known and trained.modality and known != trained.modality:
         return [Mismatch(f"modality of {name}", known, trained.modality, "gross")]
-    if trained.modality == "CT":
-        gross = _not_hounsfield(trained, now)
-    else:
-        # Where DICOM says that the modality is right, the values may be what they like.
-        gross = None if known else _hounsfield(trained, now)
-    if gross:
-        return [Mismatch(f"intensities of {name}", *gross, "gross")]
+    # Where DICOM says that the modality is right, any values but a CT's may be what they like.
+    check = _not_hounsfield if trained.modality == "CT" else None if known else _hounsfield
+    if check is not None and (words := check(trained, now)):
+        return [Mismatch(f"intensities of {name}", *words, "gross")]
     found = []
     for what, value, seen in (
         ("zero", now.zero_share, trained.zero_share),
@@ -252,16 +249,13 @@ def _channel(trained: ChannelExperience, now: ChannelPrint, known: str | None) -
         if not seen.low - _SHARE <= value <= seen.high + _SHARE:
             told = f"{100 * seen.low:.0f} to {100 * seen.high:.0f} %"
             found.append(Mismatch(f"{what} voxels of {name}", f"{100 * value:.0f} %", told, "warning"))
-    if trained.modality == "CT":
-        away = excess(np.array(now.percentiles), trained.percentiles, _LEAST_HU)
-        told = (_words(now.percentiles), f"{_words(r.low for r in trained.percentiles)} to "
-                f"{_words(r.high for r in trained.percentiles)}")  # fmt: skip
-    else:
-        away = excess(profile(now), trained.profile, _LEAST_PROFILE)
-        told = (f"a profile of {_words(profile(now))}", f"{_words(r.low for r in trained.profile)} to "
-                f"{_words(r.high for r in trained.profile)}")  # fmt: skip
-    if away > _EXCESS:
-        found.append(Mismatch(f"distribution of intensities of {name}", *told, "warning"))
+    points, ranges, least = np.array(now.percentiles), trained.percentiles, _LEAST_HU
+    if trained.modality != "CT":
+        points, ranges, least = profile(now), trained.profile, _LEAST_PROFILE
+    if excess(points, ranges, least) > _EXCESS:
+        kind = "" if trained.modality == "CT" else ", from the median, by their width"
+        what = f"intensities of {name} (5th, 50th, 95th percentile{kind})"
+        found.append(Mismatch(what, _words(points), _words(ranges), "warning"))
     return found
 
 
@@ -300,10 +294,10 @@ def _hounsfield(trained: ChannelExperience, now: ChannelPrint) -> tuple[str, str
     return None
 
 
-def _words(values: Iterable[float]) -> str:
+def _words(points: Sequence[float] | Sequence[Range] | Float64) -> str:
     """The 5th, 50th and 95th percentile of seven."""
-    points = list(values)
-    return ", ".join(_number(points[PERCENTILES.index(p)]) for p in (5.0, 50.0, 95.0))
+    chosen = [points[PERCENTILES.index(p)] for p in (5.0, 50.0, 95.0)]
+    return ", ".join(str(v) if isinstance(v, Range) else _number(v) for v in chosen)
 
 
 def _number(value: float) -> str:
