@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from medseg.core.errors import InputError
 from medseg.core.progress import Progress, silent
@@ -15,6 +17,7 @@ from medseg.core.provenance import digest
 from medseg.core.shape import cut, pieces
 from medseg.core.volume import LabelMap, Volume
 from medseg.dataset.task import Case, Task, load_case
+from medseg.io.files import read_json
 from medseg.plan.plan import Count, Finite, Millimetres, Share, Strict, Three
 
 # Voxels per case and channel that intensity statistics stand on; nnU-Net takes as many.
@@ -119,6 +122,15 @@ def fingerprint(task: Task, *, progress: Progress = silent) -> Fingerprint:
             )
         )
     return Fingerprint(task=task.name, cases=tuple(row for row, _ in rows), intensities=tuple(intensities))
+
+
+def read_fingerprint(path: Path) -> Fingerprint:
+    """The fingerprint in a file. Raises InputError where it is missing or of another format."""
+    found = read_json(path, "Make it with `medseg plan`")
+    try:
+        return Fingerprint.model_validate(found)
+    except ValidationError:
+        raise InputError(f"{path} has another format", "Plan anew") from None
 
 
 def _measure(task: Task, case: Case) -> tuple[CasePrint, NDArray[np.float64]]:
