@@ -119,8 +119,8 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One held-out case, label by label (labels,): the expected Dice without and with the temperature,
-    and the Dice that it had. NaN for a label that was neither found nor there."""
+    """One held-out case, label by label (labels,): the expected Dice without (NaN where nobody looked)
+    and with the temperature, and the Dice that it had. NaN for a label that was not found."""
 
     before: Float64
     expected: Float64
@@ -136,6 +136,7 @@ def calibrate(
     """
     before, expected, dice = (np.array([getattr(o, f) for o in outcomes]) for f in ("before", "expected", "dice"))
     known = np.isfinite(expected) & np.isfinite(dice)
+    looked = known & np.isfinite(before)
     if not known.any():
         raise ValueError("no structure was found in any held-out case")
     slope, offset = _line(expected[known], dice[known])
@@ -157,7 +158,7 @@ def calibrate(
         ece_after=ece_after,
         slope=slope,
         offset=offset,
-        dice_error_before=float(np.abs(before - dice)[known].mean()),
+        dice_error_before=float(np.abs(before - dice)[looked].mean()) if looked.any() else None,
         dice_error=float(errors.mean()),
         interval=_interval(errors),
         structures=tuple(

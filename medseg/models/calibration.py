@@ -46,7 +46,7 @@ class Calibration(Strict):
     ece_after: Share
     slope: NotNegative
     offset: Finite
-    dice_error_before: Share
+    dice_error_before: Share | None
     dice_error: Share
     interval: Share | None
     structures: tuple[StructureCalibration, ...]

@@ -7,7 +7,7 @@ compared with the training cases before anyone reads the answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -180,13 +180,15 @@ def profile(channel: ChannelPrint) -> Float64:
     return centred / width if width > 0 else np.zeros_like(points)
 
 
-def compare(volume: Volume, trained: Experience, modality: str | None = None) -> tuple[Mismatch, ...]:
+def compare(
+    volume: Volume, trained: Experience, modality: str | None = None, missing: Collection[str] = ()
+) -> tuple[Mismatch, ...]:
     """How a scan differs from the training cases, the gravest first.
 
     ``modality`` is DICOM's word for what made the scan, where it is known (the volume's own, unless
-    given). Only what no training case comes near is told: a scan that resembles them gives nothing.
-    Gross are another modality by DICOM's word; for a CT model, values that cannot be Hounsfield units;
-    for another, values that can only be.
+    given); channels that are ``missing`` are left out. Only what no training case comes near is told: a
+    scan that resembles them gives nothing. Gross are another modality by DICOM's word; for a CT model,
+    values that cannot be Hounsfield units; for another, values that can only be.
 
     Raises InputError where the scan has another number of channels.
     """
@@ -200,7 +202,7 @@ def compare(volume: Volume, trained: Experience, modality: str | None = None) ->
     known = None if said in _UNKNOWN else said
     found = list(_geometry(volume, trained))
     for channel, now in zip(trained.channels, channel_prints(volume), strict=True):
-        found += _channel(channel, now, known)
+        found += [] if channel.name in missing else _channel(channel, now, known)
     order: tuple[Severity, ...] = ("gross", "warning", "note")
     return tuple(sorted(found, key=lambda mismatch: order.index(mismatch.severity)))
 

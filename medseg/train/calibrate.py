@@ -9,16 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from medseg.core.resample import resample
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
-from medseg.infer.predict import Predictor
-from medseg.infer.stream import bring_home
-from medseg.infer.trust import Outcome, Sample, calibrate, expected_dice, fit_temperature, log_likelihoods
-from medseg.infer.window import sliding_window
+from medseg.infer.engine import pick_device
+from medseg.infer.predict import Predictor, Segmentation, segment
+from medseg.infer.stream import Keep, Tally
+from medseg.infer.trust import Outcome, Sample, calibrate, expected_dice, fit_temperature
+from medseg.infer.window import Box
 from medseg.models.calibration import Calibration
 from medseg.models.package import ModelPackage
-from medseg.preprocess.regrid import preprocess
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -30,6 +29,8 @@ _FEWEST_CASES = 3
 # The temperature is one number, and stands on so many of them.
 _SAMPLED_CASES = 16
 _SAMPLED_VOXELS = 8_000
+# Logarithms are taken of probabilities no smaller.
+_LEAST = 1e-30
 # Voxels this near to a structure count, and those whose background is less sure than this.
 _NEAR, _SURE = 3, 0.99
 
@@ -47,14 +48,16 @@ def calibration_of(
     if not cases:
         return None
     started = time.perf_counter()
-    predictor = Predictor(package, device)
-    rng = np.random.default_rng(0)
-    samples = []
+    predictor = Predictor(package, f"torch-{pick_device(device).type}")
+    samples: list[Sample] = []
+    before: dict[str, Float64] = {}
     for case in _evenly(cases, _SAMPLED_CASES):
-        volume, truth = load(case)
-        samples.append(_sample(predictor, volume, truth, rng))
+        sample, before[case] = _sample(predictor, *load(case))
+        samples.append(sample)
         if len(samples) >= _FEWEST_CASES and time.perf_counter() - started > seconds / 3:
             break
+    if not any(len(s.truth) for s in samples):
+        return None
     temperature = fit_temperature(
         np.concatenate([s.logits for s in samples], axis=1), np.concatenate([s.truth for s in samples])
     )
@@ -62,7 +65,8 @@ def calibration_of(
     for case in _halving(cases):
         if len(outcomes) >= _FEWEST_CASES and time.perf_counter() - started > seconds:
             break
-        outcomes.append(_outcome(predictor, *load(case), temperature))
+        unknown = np.full(len(package.plan.labels), np.nan)
+        outcomes.append(_outcome(predictor, *load(case), temperature, before.get(case, unknown)))
     if not any(np.isfinite(o.expected + o.dice).any() for o in outcomes):
         return None
     return calibrate(samples, outcomes, package.plan.label_set, temperature)
@@ -82,42 +86,51 @@ def _halving(cases: Sequence[str]) -> tuple[str, ...]:
     return tuple(cases[i] for i in order)
 
 
-def _logits(predictor: Predictor, volume: Volume) -> tuple[Float32, Volume]:
+def _sample(predictor: Predictor, volume: Volume, truth: LabelMap) -> tuple[Sample, Float64]:
+    """Voxels of a case, and the expected Dice (labels,) as the model tells it by itself."""
+    numbers = np.array([0, *truth.labels.numbers])
+    near = ndimage.binary_dilation(truth.values > 0, iterations=_NEAR)
+    share = min(1.0, _SAMPLED_VOXELS / max(1, int(np.count_nonzero(near))))
+    parts: dict[tuple[int, ...], Sample] = {}
+
+    def keep(box: Box, shares: Float32) -> None:
+        wanted = np.flatnonzero(near[box] | (shares[0] < _SURE))
+        place = tuple(side.start for side in box)
+        # Boxes come in any order; each has random numbers of its own.
+        chosen = wanted[np.random.default_rng(place).random(len(wanted)) < share]
+        logits = np.log(np.maximum(shares.reshape(len(shares), -1)[:, chosen], _LEAST))
+        parts[place] = Sample(logits, np.searchsorted(numbers, truth.values[box].ravel()[chosen]))
+
+    tally = _segment(predictor, volume, keep=keep).tally
+    ordered = [parts[place] for place in sorted(parts)]
+    sample = Sample(np.concatenate([p.logits for p in ordered], axis=1), np.concatenate([p.truth for p in ordered]))
+    return sample, _expected(tally)
+
+
+def _outcome(predictor: Predictor, volume: Volume, truth: LabelMap, temperature: float, before: Float64) -> Outcome:
+    made = _segment(predictor, volume, temperature=temperature)
+    found = made.label_map.values
+    overlaps = [
+        dice(found == number, truth.values == number) if (found == number).any() else np.nan
+        for number in truth.labels.numbers
+    ]
+    return Outcome(before, _expected(made.tally), np.array(overlaps))
+
+
+def _segment(
+    predictor: Predictor, volume: Volume, *, temperature: float = 1.0, keep: Keep | None = None
+) -> Segmentation:
     package = predictor.package
-    prepared = preprocess(volume, package.plan, package.configuration)
-    classes = len(package.plan.labels) + 1
-    return (
-        sliding_window(predictor.networks, prepared.values, package.configuration, classes, predictor.device),
-        prepared,
+    return segment(
+        predictor.engine,
+        volume,
+        package.plan,
+        package.configuration_name,
+        threads=predictor.threads,
+        temperature=temperature,
+        keep=keep,
     )
 
 
-def _sample(predictor: Predictor, volume: Volume, truth: LabelMap, rng: np.random.Generator) -> Sample:
-    logits, prepared = _logits(predictor, volume)
-    numbers = np.array([0, *truth.labels.numbers])
-    classes = np.searchsorted(numbers, resample(truth, onto=prepared.grid).values)
-    logs = log_likelihoods(logits)
-    near = ndimage.binary_dilation(classes > 0, iterations=_NEAR) | (logs[0] < np.log(_SURE))
-    inside = np.flatnonzero(near)
-    chosen = np.sort(rng.choice(inside, min(len(inside), _SAMPLED_VOXELS), replace=False))
-    return Sample(logs.reshape(len(logs), -1)[:, chosen], classes.ravel()[chosen])
-
-
-def _outcome(predictor: Predictor, volume: Volume, truth: LabelMap, temperature: float) -> Outcome:
-    logits, prepared = _logits(predictor, volume)
-    found, _ = bring_home(logits, prepared.grid, volume.grid)
-    overlaps = [
-        dice(found == i, truth.values == number) if (found == i).any() else np.nan
-        for i, number in enumerate(truth.labels.numbers, start=1)
-    ]
-    return Outcome(_expected(logits, 1.0), _expected(logits, temperature), np.array(overlaps))
-
-
-def _expected(logits: Float32, temperature: float) -> Float64:
-    shares = np.exp(log_likelihoods(logits, temperature))
-    winner = logits.argmax(axis=0)
-    classes = range(len(logits))
-    inside = [shares[k][winner == k].sum(dtype=np.float64) for k in classes]
-    count = np.bincount(winner.ravel(), minlength=len(logits))
-    total = shares.reshape(len(logits), -1).sum(axis=1, dtype=np.float64)
-    return expected_dice(total, inside, count)[1:]
+def _expected(tally: Tally) -> Float64:
+    return expected_dice(tally.probability, tally.inside, tally.won)[1:]
