@@ -44,7 +44,8 @@ def main() -> None:
     assert half is not None
     print(f"whole calibration: {package.calibration}" if package.calibration else "no calibration in the package")
     print(f"half: temperature {half.temperature:.3f}, line {half.slope:.3f} {half.offset:+.4f}, "
-          f"error {half.dice_error_before} -> {half.dice_error:.4f}, interval {half.interval}")  # fmt: skip
+          f"error {half.dice_error_before} -> {half.dice_error:.4f} (of the mean {half.dice_error_of_mean:.4f}), "
+          f"interval {half.interval}")  # fmt: skip
     predictor = Predictor(replace(package, calibration=half))
     spoil: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray] | None] = {
         "as they are": None,

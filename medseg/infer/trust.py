@@ -160,6 +160,7 @@ def calibrate(
         offset=offset,
         dice_error_before=float(np.abs(before - dice)[looked].mean()) if looked.any() else None,
         dice_error=float(errors.mean()),
+        dice_error_of_mean=_error_of_mean(dice, known),
         interval=_interval(errors),
         structures=tuple(
             _structure(label.name, label.number, predicted[known[:, i], i], dice[known[:, i], i])
@@ -190,12 +191,13 @@ def _score(samples: Sequence[Sample], temperature: float) -> tuple[int, float, f
 
 def _line(expected: Float64, dice: Float64) -> tuple[float, float]:
     """Slope and offset of Dice over expected Dice, by least squares with the slope held near 1 as far
-    as the points do not say otherwise: held-out cases are often all alike, and say little of others."""
+    as the points do not say otherwise, and never below. Held-out cases are often all alike; noise then
+    flattens the line, and a poor result would be promised their mean."""
     x, y = expected - expected.mean(), dice - dice.mean()
     noise = float(np.mean((y - x) ** 2))
     prior = noise / _SLOPE_SPREAD**2
     weight = float(x @ x) + prior
-    slope = max(0.0, float(x @ y + prior) / weight) if weight > 0 else 1.0
+    slope = max(1.0, float(x @ y + prior) / weight) if weight > 0 else 1.0
     return slope, float(dice.mean() - slope * expected.mean())
 
 
@@ -209,6 +211,20 @@ def _errors_left_out(expected: Float64, dice: Float64, known: NDArray[np.bool_])
         mine = known[case]
         errors.append(np.abs(np.clip(slope * expected[case, mine] + offset, 0, 1) - dice[case, mine]))
     return np.concatenate(errors)
+
+
+def _error_of_mean(dice: Float64, known: NDArray[np.bool_]) -> float:
+    """Mean absolute error of saying, of each case, the other cases' mean Dice for the label (or, where
+    no other has it, for all labels)."""
+    errors: list[float] = []
+    for case, label in np.argwhere(known):
+        others = known.copy()
+        others[case] = False
+        mine = others[:, label]
+        if others.any():
+            guess = dice[mine, label].mean() if mine.any() else dice[others].mean()
+            errors.append(abs(float(guess - dice[case, label])))
+    return float(np.mean(errors)) if errors else 0.0
 
 
 def _interval(errors: Float64) -> float | None:

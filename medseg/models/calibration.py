@@ -30,7 +30,8 @@ class Calibration(Strict):
     Probabilities are those of the logits divided by ``temperature``. The Dice that they lead one to
     expect, times ``slope`` plus ``offset``, is the predicted Dice. ``dice_error`` is its mean absolute
     error on the held-out cases, each predicted by what the others gave (``dice_error_before`` is that
-    of the expected Dice without temperature and line); nine of ten errors were below ``interval``,
+    of the expected Dice without temperature and line, ``dice_error_of_mean`` what saying the other cases'
+    mean each time would give); nine of ten errors were below ``interval``,
     which stands where there were enough of them to tell. The expected calibration errors (``ece``) and
     negative log likelihoods (``nll``, per voxel) are of ``voxels`` in and around the structures, each
     half of the cases scaled by the temperature of the other half.
@@ -48,6 +49,7 @@ class Calibration(Strict):
     offset: Finite
     dice_error_before: Share | None
     dice_error: Share
+    dice_error_of_mean: Share
     interval: Share | None
     structures: tuple[StructureCalibration, ...]
 

@@ -156,6 +156,7 @@ def test_what_is_stored_is_what_was_made() -> None:
     assert found.predict(0.8) == pytest.approx(0.75, abs=0.01)
     assert found.dice_error == pytest.approx(0.008, abs=0.004)
     assert found.dice_error_before == pytest.approx(0.09, abs=0.01)
+    assert 0.06 < found.dice_error_of_mean < 0.12  # of a uniform spread of 0.35, a quarter
     assert found.interval == pytest.approx(0.0165, abs=0.006)
     assert Calibration.model_validate_json(found.model_dump_json()) == found
     assert learnt() == found
@@ -195,7 +196,7 @@ def test_cases_all_alike_do_not_tilt_the_line() -> None:
     sample = learnt_sample(rng)
     outcomes = [Outcome(e, e, e + rng.normal(0, 0.02, 2)) for e in rng.normal(0.9, 0.005, (6, 2))]
     found = calibrate([sample], outcomes, LABELS, 1.0)
-    assert found.slope == pytest.approx(1, abs=0.3)
+    assert 1 <= found.slope < 1.3
     assert abs(found.predict(0.5) - 0.5) < 0.15
 
 

@@ -134,6 +134,7 @@ def told() -> ModelPackage:
         offset=-0.1,
         dice_error_before=None,
         dice_error=0.03,
+        dice_error_of_mean=0.04,
         interval=None,
         structures=(StructureCalibration(name="a", number=1, cases=2, mean_dice=0.9, review_below=None),),
     )
