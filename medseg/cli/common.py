@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from medseg.core.progress import Progress
     from medseg.dataset.split import Fold
     from medseg.dataset.task import Task
+    from medseg.plan.fingerprint import Fingerprint
     from medseg.plan.plan import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -183,6 +184,12 @@ class RunFolder:
         from medseg.plan.plan import read_plan
 
         return read_plan(self.plan_file)
+
+    def fingerprint(self) -> Fingerprint:
+        """What was measured of the task when the run was planned."""
+        from medseg.plan.fingerprint import read_fingerprint
+
+        return read_fingerprint(self.path / "fingerprint.json")
 
     def folds(self, task: Task) -> tuple[Fold, ...]:
         """The run's folds, checked."""

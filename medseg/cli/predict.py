@@ -37,6 +37,7 @@ class Wishes:
     only: tuple[str, ...] = ()
     smallest_mm3: float = 0.0
     quality: bool = False
+    force: bool = False
     split: bool = False
     save_probabilities: bool = False
     save_uncertainty: bool = False
@@ -82,6 +83,7 @@ class Read:
 @click.option(
     "--memory", type=Memory(), help="Take no more memory than this, as 4GiB.  [default: most of what is free]"
 )
+@click.option("--force", is_flag=True, help="Predict scans of another kind than the model was trained on, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option(
     "--engine",
@@ -116,6 +118,8 @@ def predict(
     A case whose channels are several scans is named by --channel T2=t2.nii.gz --channel
     ADC=adc.nii.gz (or ADC=FOLDER#4, the fourth DICOM series); its result lies on the grid of the
     model's first channel. One that the model's plan lists as optional may be left out.
+    A scan unlike all that the model was trained on is told so, and one of another kind (a CT model, an
+    MR scan) is refused.
     A scan that fails does not stop the others, and is listed at the end. A run that was stopped goes
     on with --skip-done. Tasks of an array name their part with --shard; run once more with
     --skip-done and no --shard, the command writes the index of them all.
@@ -281,6 +285,7 @@ def _computed(job: Job, scan: Read, predictor: Predictor, wishes: Wishes, *, bar
             probability=wishes.save_uncertainty,
             keep=kept.put if kept else None,
             progress=progress("predict", unit="tile") if bar else silent,
+            force=wishes.force,
         )
     return Result(made, file)
 
@@ -408,7 +413,10 @@ def _sidecar(job: Job, made: Prediction, scan: Read, wishes: Wishes) -> dict[str
         "model_sha256": made.model_digest,
         "wishes": _told(wishes),
         "organs": [asdict(organ) for organ in made.organs],
+        "review": made.review,
+        "flags": [asdict(flag) for flag in made.flags],
         "warnings": [*scan.notes, *made.warnings],
+        "calibration": _calibration(made),
         "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()},
         "seconds": round(made.seconds, 3),
         "versions": versions(),
@@ -416,12 +424,31 @@ def _sidecar(job: Job, made: Prediction, scan: Read, wishes: Wishes) -> dict[str
     return record | ({"channels": scan.parts} if scan.parts else {})
 
 
+def _calibration(made: Prediction) -> dict[str, Any] | None:
+    """What the confidence and the predicted Dice stand on; None where they stand on nothing."""
+    found = made.calibration
+    names = ("cases", "temperature", "ece_after", "dice_error", "interval")
+    return None if found is None else {name: getattr(found, name) for name in names}
+
+
 def _show(record: dict[str, Any]) -> None:
-    rows = [["structure", "volume (ml)", "confidence"]]
+    calibrated = record["calibration"]
+    rows = [["structure", "volume (ml)", "confidence" + ("" if calibrated else " (not calibrated)")]]
+    if calibrated:
+        rows[0].append("predicted Dice")
     for organ in record["organs"]:
-        sure = "-" if organ["confidence"] is None else f"{organ['confidence']:.3f}"
-        rows.append([organ["name"], f"{organ['volume_ml']:.3f}", sure])
+        # Of a structure that goes on beyond the scan, only the least volume is known.
+        volume = f"{'>= ' if organ['cut'] else ''}{organ['volume_ml']:.3f}"
+        rows.append([organ["name"], volume, _or_dash(organ["confidence"])])
+        if calibrated:
+            rows[-1].append(_or_dash(organ["predicted_dice"]))
     click.echo(f"{record['scan']} -> {record['labels']}")
-    click.echo(table(rows, right=(1, 2)))
+    click.echo(table(rows, right=(1, 2, 3)))
+    flagged = {flag["reason"]: flag["review"] for flag in record["flags"]}
     for warning in record["warnings"]:
-        click.echo(f"warning: {warning}")
+        word = "warning" if warning not in flagged else "review" if flagged[warning] else "note"
+        click.echo(f"{word}: {warning}")
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,6 +21,9 @@ from medseg.cli.common import (
 
 # Cases predicted whole, now and then, while training; and those on which engines are compared.
 _VALIDATED, _COMPARED = 8, 3
+# Learning how far the model can be believed takes no longer than this share of the training, and
+# need not be done in less than so many seconds.
+_CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 
 
 @click.command()
@@ -59,8 +63,10 @@ def train(
     from medseg.io.files import new_folder, write_json
     from medseg.io.runlog import RunLog
     from medseg.io.store import CaseStore
+    from medseg.models.experience import experience
     from medseg.models.package import INDEX, load_package, record_engines, save_package
     from medseg.preprocess.regrid import preprocess
+    from medseg.train.calibrate import calibration_of
     from medseg.train.loop import Progress, Setup
     from medseg.train.loop import train as train_network
 
@@ -71,6 +77,7 @@ def train(
         raise InputError(f"{folder.folds_file} has no fold {fold}", f"Its folds are 0 to {len(folds) - 1}")
     chosen = folds[fold]
     plan.configuration(configuration)
+    trained = experience(folder.fingerprint(), chosen.train, plan.label_set)
     store = CaseStore(folder.store(configuration))
     store.require(plan.digest(), configuration)
     output = folder.fold(configuration, fold)
@@ -104,7 +111,13 @@ def train(
             progress=show,
         )
     length = f"--epochs {epochs}" if epochs else f"--budget {budget:g}s" if budget else ""
-    save_package(output / "model", package)
+    calibration = calibration_of(
+        package,
+        lambda case: load_case(task, task.case(case)),
+        device=device,
+        seconds=max(_CALIBRATION_SECONDS, _CALIBRATION_SHARE * package.provenance["seconds"]),
+    )
+    save_package(output / "model", replace(package, experience=trained, calibration=calibration))
     saved = load_package(output / "model")
     images = {case: preprocess(volume, plan, saved.configuration).values for case, volume, _ in validation[:_COMPARED]}
     engines = measure(saved, images, cores)
@@ -117,6 +130,14 @@ def train(
         f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, "
         f"Dice {records[-1].get('dice', float('nan')):.3f} on {len(watched)} held-out cases; {output / 'model'}"
     )
+    if calibration:
+        click.echo(
+            f"predicted Dice is {calibration.dice_error:.3f} off on average, calibration error "
+            f"{calibration.ece_before:.3f} before and {calibration.ece_after:.3f} after temperature "
+            f"{calibration.temperature:.2f}, on {calibration.cases} held-out cases"
+        )
+    else:
+        click.echo("no structure was found in a held-out case, so the confidence of this model is not calibrated")
     for name, found in engines.items():
         if found.least_dice < LEAST_DICE:
             click.echo(

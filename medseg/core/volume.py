@@ -15,13 +15,15 @@ from medseg.core.labels import LabelSet
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """Intensities: ``values`` (C, X, Y, Z), any real dtype, C channels on one ``grid``.
+    """Intensities: ``values`` (C, X, Y, Z), any real dtype, C channels on one ``grid``. ``modality``
+    is DICOM's word ("CT", "MR", "PT") where the scan's own file says what made it.
 
     Raises InputError where the values do not have the grid's shape.
     """
 
     values: NDArray[Any]
     grid: Grid
+    modality: str | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 4 or self.values.shape[1:] != self.grid.shape:

@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.core.progress import Progress, silent
+from medseg.core.shape import cut, pieces
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.budget import within
 from medseg.infer.engine import Engine, open_engine
 from medseg.infer.refine import chosen, keep_only, without_small
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
+from medseg.infer.trust import Flag, Found, expected_dice, review
 from medseg.infer.window import OVERLAP, Box, sweep
+from medseg.models.calibration import Calibration
+from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Plan
 from medseg.preprocess.regrid import preprocess
@@ -25,7 +29,9 @@ from medseg.preprocess.regrid import preprocess
 @dataclass(frozen=True)
 class Organ:
     """What was found of one structure. ``confidence`` is the mean probability of its voxels on the network's
-    grid, None where it has none; ``cut`` says that it reaches the border of the scan."""
+    grid, None where it has none; ``predicted_dice`` the overlap with the truth that a calibrated model
+    expects, None where there is no calibration; ``cut`` says that it reaches the border of the scan, so
+    that its volume is a lower bound; ``pieces`` in how many far-apart pieces it lies."""
 
     name: str
     number: int
@@ -33,12 +39,15 @@ class Organ:
     volume_ml: float
     confidence: float | None
     cut: bool
+    predicted_dice: float | None = None
+    pieces: int = 0
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Labels on the scan's own grid, organ by organ, which model made them, and what to beware of;
-    where it was asked for, the probability (X, Y, Z) of what won each voxel."""
+    """Labels on the scan's own grid, organ by organ, which model made them, and what to beware of (the
+    reasons of ``flags`` are among the ``warnings``); where it was asked for, the probability (X, Y, Z)
+    of what won each voxel; how far the model can be believed, None where that was never measured."""
 
     label_map: LabelMap
     organs: tuple[Organ, ...]
@@ -47,6 +56,13 @@ class Prediction:
     seconds: float
     warnings: tuple[str, ...] = ()
     probability: NDArray[np.float32] | None = None
+    flags: tuple[Flag, ...] = ()
+    calibration: Calibration | None = None
+
+    @property
+    def review(self) -> bool:
+        """Whether a person should look before the result is used."""
+        return any(flag.review for flag in self.flags)
 
 
 class Predictor:
@@ -84,15 +100,21 @@ class Predictor:
         probability: bool = False,
         keep: Keep | None = None,
         progress: Progress = silent,
+        force: bool = False,
     ) -> Prediction:
         """Segment a scan.
 
         ``only`` names the structures to give (all unless named); pieces smaller than ``smallest_mm3``
         are taken away. With ``probability`` each voxel's is given, of whatever won it; ``keep`` is
         handed those of all classes box by box, as `bring_home` says. Raises InputError where the
-        scan's channels are not the model's, and where it would need more memory than it may have.
+        scan's channels are not the model's, where it is of another kind than all that the model was
+        trained on (unless ``force``), and where it would need more memory than it may have.
         """
         started = time.perf_counter()
+        mismatches = self._mismatches(volume)
+        if not force:
+            refuse_gross(mismatches)
+        calibration = self.package.calibration
         labels = chosen(self.package.plan.label_set, only)
         made = segment(
             self.engine,
@@ -106,16 +128,40 @@ class Predictor:
             keep=keep,
             threads=self.threads,
             progress=progress,
+            temperature=calibration.temperature if calibration else 1.0,
         )
         label_map, removed = without_small(keep_only(made.label_map, labels), smallest_mm3)
-        organs = describe(label_map, made.tally, self.package.plan.label_set.numbers)
-        warnings = [f"{o.name} is cut by the border of the scan" for o in organs if o.cut]
-        warnings += [f"{count} small pieces of {name} were taken away" for name, count in removed.items()]
+        organs = describe(label_map, made.tally, self.package.plan.label_set.numbers, calibration)
+        found = [Found(o.name, o.number, o.volume_ml, o.cut, o.pieces, o.predicted_dice) for o in organs]
+        flags = review(found, mismatches, self.package.experience, calibration)
         if not any(o.voxels for o in organs):
-            warnings = ["nothing was found"]
+            flags += (Flag(None, "nothing was found"),)
+        warnings = [flag.reason for flag in flags]
+        warnings += [f"{count} small pieces of {name} were taken away" for name, count in removed.items()]
         warnings += self.engine.notes
-        seconds = time.perf_counter() - started
-        return Prediction(label_map, organs, self.package.name, self.digest, seconds, tuple(warnings), made.probability)
+        return Prediction(
+            label_map,
+            organs,
+            self.package.name,
+            self.digest,
+            time.perf_counter() - started,
+            tuple(warnings),
+            made.probability,
+            flags,
+            calibration,
+        )
+
+    def _mismatches(self, volume: Volume) -> tuple[Mismatch, ...]:
+        plan, trained = self.package.plan, self.package.experience
+        if trained is None or volume.channels != len(plan.channels):
+            return ()  # of channels, preprocessing says what is wrong
+        # An optional channel that is missing stands at one value.
+        missing = [
+            name
+            for name, values in zip(plan.channels, volume.values, strict=True)
+            if name in plan.optional_channels.value and values.min() == values.max()
+        ]
+        return compare(volume, trained, missing=missing)
 
 
 def predict(volume: Volume, package: ModelPackage, *, engine: str = "auto") -> Prediction:
@@ -146,8 +192,10 @@ def segment(
     keep: Keep | None = None,
     threads: int = 1,
     progress: Progress = silent,
+    temperature: float = 1.0,
 ) -> Segmentation:
-    """Labels of a scan on its own grid. Training validates by this very function."""
+    """Labels of a scan on its own grid, the probabilities being those of the logits divided by
+    ``temperature``. Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
     prepared = preprocess(volume, plan, configuration)
     tiling = within(
@@ -171,7 +219,7 @@ def segment(
         sweep(engine, prepared.values, tiling, wanted=_seen(prepared.values), tell=tell),
         prepared.grid,
         volume.grid,
-        Decision(len(numbers), head=engine.head),
+        Decision(len(numbers), temperature=temperature, head=engine.head),
         probability=probability,
         keep=keep,
         threads=threads,
@@ -196,18 +244,24 @@ def _seen(image: NDArray[np.float32]) -> Callable[[Box], bool] | None:
     return seen
 
 
-def describe(label_map: LabelMap, tally: Tally, numbers: Sequence[int]) -> tuple[Organ, ...]:
-    """Volume, mean probability and completeness of every structure of the map; ``numbers`` are those
-    of the tally's classes, but for the background."""
+def describe(
+    label_map: LabelMap, tally: Tally, numbers: Sequence[int], calibration: Calibration | None = None
+) -> tuple[Organ, ...]:
+    """Volume, mean probability, predicted Dice and completeness of every structure of the map;
+    ``numbers`` are those of the tally's classes, but for the background."""
     rows = dict(zip(numbers, zip(tally.inside[1:], tally.won[1:], strict=True), strict=True))
+    expected = dict(zip(numbers, expected_dice(tally.probability, tally.inside, tally.won)[1:], strict=True))
     values = label_map.values
     counts = np.zeros(max(label_map.labels.numbers) + 1, dtype=np.int64)
-    border: set[int] = set()
     for number in range(values.shape[2]):
         counts += np.bincount(values[:, :, number].ravel(order="K"), minlength=len(counts))
-    for axis in range(3):
-        for end in (0, -1):
-            border |= set(np.unique(np.take(values, end, axis=axis)).tolist())
+    border, parts = cut(label_map), pieces(label_map)
+
+    def predicted(number: int) -> float | None:
+        if calibration is None or not counts[number] or np.isnan(expected[number]):
+            return None
+        return calibration.predict(float(expected[number]))
+
     return tuple(
         Organ(
             name=label.name,
@@ -216,6 +270,8 @@ def describe(label_map: LabelMap, tally: Tally, numbers: Sequence[int]) -> tuple
             volume_ml=float(counts[label.number] * label_map.grid.voxel_volume / 1000),
             confidence=_mean(*rows[label.number]) if counts[label.number] else None,
             cut=label.number in border,
+            predicted_dice=predicted(label.number),
+            pieces=parts.get(label.number, 0),
         )
         for label in label_map.labels
     )

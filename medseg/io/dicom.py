@@ -152,7 +152,8 @@ def read_series(series: Series, *, progress: Progress = silent) -> Volume:
     out: NDArray[Any] = np.empty((count, height, width), dtype=np.int16 if whole else np.float32)
     with quiet():
         values = _rescaled(stack, out, whole, progress)
-    volume = Volume(values.transpose(2, 1, 0)[None], stack.grid)
+    modality = None if series.modality == "-" else series.modality
+    volume = Volume(values.transpose(2, 1, 0)[None], stack.grid, modality)
     return volume if stack.straight is None else _straightened(volume, stack.straight)
 
 
@@ -390,4 +391,4 @@ def _straightened(volume: Volume, straight: Grid) -> Volume:
     out = np.clip(out, low, high, out=out)
     if volume.values.dtype == np.int16:
         out = np.rint(out, out=out).astype(np.int16)
-    return Volume(out, straight)
+    return Volume(out, straight, volume.modality)

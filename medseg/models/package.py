@@ -9,14 +9,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from medseg.core.errors import InputError
 from medseg.core.provenance import digest
 from medseg.io.files import new_folder, read_json, write_bytes, write_json, write_text
 from medseg.models.build import build
+from medseg.models.calibration import Calibration
+from medseg.models.experience import Experience
 from medseg.models.portable import NotPortableError, check, export, layout
 from medseg.plan.plan import Configuration, Finite, Plan, Share, Strict, read_plan, write_plan
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "package.json"
+EXPERIENCE, CALIBRATION = "experience.json", "calibration.json"
+M = TypeVar("M", bound=BaseModel)
 _ANOTHER = "Get the package again, or train it anew"
 
 
@@ -90,7 +94,8 @@ class StoredWeights(Mapping[str, "Tensor"]):
 class ModelPackage:
     """A trained model. ``members`` are the weights of one network per fold, by tensor name, in memory
     or in files; ``graphs`` the members' ONNX files, none where ``not_portable`` says why;
-    ``held_out`` names the cases that no member was trained on."""
+    ``held_out`` names the cases that no member was trained on. ``experience`` says what scans it was
+    trained on, ``calibration`` how far its probabilities can be believed, where that is known."""
 
     plan: Plan
     configuration_name: str
@@ -101,6 +106,8 @@ class ModelPackage:
     graphs: tuple[Path, ...] = field(default=(), compare=False)
     not_portable: str = field(default="", compare=False)
     engines: dict[str, Agreement] = field(default_factory=dict)
+    experience: Experience | None = None
+    calibration: Calibration | None = None
 
     @property
     def configuration(self) -> Configuration:
@@ -139,7 +146,11 @@ def save_package(folder: Path, package: ModelPackage) -> None:
         graphs, reason = _write_graphs(aside, members, package)
         write_plan(aside / "plan.json", package.plan)
         write_text(aside / "README.md", _card(package))
-        named = ("plan.json", *members, *graphs)
+        known = {EXPERIENCE: package.experience, CALIBRATION: package.calibration}
+        told = {file: value.model_dump(mode="json") for file, value in known.items() if value is not None}
+        for file, value in told.items():
+            write_json(aside / file, value)
+        named = ("plan.json", *told, *members, *graphs)
         index = Index(
             format=2,
             task=package.plan.task,
@@ -178,7 +189,8 @@ def load_package(folder: Path) -> ModelPackage:
     names = (*index.members, *index.graphs)
     if any(Path(name).name != name or name not in index.checksums for name in names):
         raise InputError(f"{folder / INDEX} names members that it has no checksum for", _ANOTHER)
-    for name in ("plan.json", *names):
+    told = tuple(name for name in (EXPERIENCE, CALIBRATION) if name in index.checksums)
+    for name in ("plan.json", *told, *names):
         path = folder / name
         if not path.is_file() or _hash(path) != index.checksums.get(name):
             raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
@@ -195,6 +207,8 @@ def load_package(folder: Path) -> ModelPackage:
         graphs=tuple(folder / name for name in index.graphs),
         not_portable=index.not_portable,
         engines=index.engines,
+        experience=_read(folder / EXPERIENCE, Experience) if EXPERIENCE in told else None,
+        calibration=_read(folder / CALIBRATION, Calibration) if CALIBRATION in told else None,
     )
     package.plan.configuration(package.configuration_name)
     _require_own_graphs(package, members)
@@ -210,6 +224,13 @@ def _index(folder: Path) -> Index:
         return Index.model_validate(read_json(folder / INDEX, _ANOTHER))
     except ValidationError:
         raise InputError(f"{folder / INDEX} has another format", "Use the medseg version that wrote it") from None
+
+
+def _read(path: Path, kind: type[M]) -> M:
+    try:
+        return kind.model_validate(read_json(path, _ANOTHER))
+    except ValidationError:
+        raise InputError(f"{path} has another format", "Use the medseg version that wrote it") from None
 
 
 def _require_readable(path: Path) -> None:

@@ -48,7 +48,8 @@ class Alignment:
 
     def apply(self, volume: Volume) -> Volume:
         """The scan where it belongs: another grid, the same voxels."""
-        return Volume(volume.values, Grid(volume.grid.shape, self.transform @ volume.grid.affine))
+        grid = Grid(volume.grid.shape, self.transform @ volume.grid.affine)
+        return Volume(volume.values, grid, volume.modality)
 
 
 def assemble(volumes: Mapping[str, Volume]) -> Volume:
@@ -74,7 +75,8 @@ def assemble(volumes: Mapping[str, Volume]) -> Volume:
             )
         lowest = min(0.0, float(volume.values.min()))
         values.append(resample(volume, onto=fixed.grid, fill=lowest).values[0])
-    return Volume(np.stack(values), fixed.grid)
+    modality = fixed.modality if len({volume.modality for volume in volumes.values()}) == 1 else None
+    return Volume(np.stack(values), fixed.grid, modality)
 
 
 def complete(volume: Volume, present: Sequence[str], rules: Sequence[Normalisation]) -> Volume:

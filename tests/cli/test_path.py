@@ -37,6 +37,8 @@ def test_every_verb_ends_well(made: Any, verb: str) -> None:
         "3d/fold0/model/member0.onnx",
         "3d/fold0/model/plan.json",
         "3d/fold0/model/README.md",
+        "3d/fold0/model/experience.json",
+        "3d/fold0/model/calibration.json",
         "3d/fold0/log.json",
         "3d/fold0/predictions/predictions.json",
         "3d/fold0/metrics.csv",
@@ -83,6 +85,33 @@ def test_the_model_says_what_it_was_trained_on(made: Any) -> None:
     log = json.loads((made.fold / "log.json").read_text())
     assert log["options"] == "--epochs 1 --seed 0"
     assert log["records"][-1]["step"] == 160
+
+
+def test_the_model_knows_what_it_saw_and_how_far_to_believe_it(made: Any) -> None:
+    package = load_package(made.model)
+    assert package.experience is not None
+    assert package.experience.cases == len(package.trained_on)
+    assert package.experience.channels[0].modality == "CT"
+    assert [s.cases for s in package.experience.structures] == [len(package.trained_on)] * 2
+    assert package.calibration is not None
+    assert package.calibration.cases == len(package.held_out)
+    assert package.calibration.dice_error < 0.3
+    assert f"on {len(package.held_out)} held-out cases" in made.outcomes["train"].out
+    for case in package.held_out:
+        side = json.loads((made.fold / "predictions" / f"{case}_seg.json").read_text())
+        assert side["calibration"]["temperature"] == package.calibration.temperature
+        assert all(0 <= organ["predicted_dice"] <= 1 for organ in side["organs"])
+
+
+def test_a_fingerprint_of_another_format_stops_training_before_it_starts(
+    made: Any, medseg: Any, tmp_path: Path
+) -> None:
+    run = made.copy(tmp_path).run
+    old = json.loads((run / "fingerprint.json").read_text())
+    (run / "fingerprint.json").write_text(json.dumps({**old, "format": 1}))
+    medseg("train", run, "--epochs", 1, "--threads", 1).refused("fingerprint.json has another format. Plan anew")
+    (run / "fingerprint.json").unlink()
+    medseg("train", run, "--epochs", 1, "--threads", 1).refused("fingerprint.json", "medseg plan")
 
 
 def test_held_out_cases_are_predicted_and_no_others(made: Any) -> None:

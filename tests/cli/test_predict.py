@@ -59,7 +59,36 @@ def test_a_label_map_and_its_sidecar_beside_the_scan(made: Any, medseg: Any, sca
         assert organ["volume_ml"] == pytest.approx(voxels * volume.grid.voxel_volume / 1000)
         assert 0.33 < organ["confidence"] <= 1
         (line,) = [line for line in outcome.out.splitlines() if line.startswith(organ["name"])]
-        assert line.split()[-2:] == [f"{organ['volume_ml']:.3f}", f"{organ['confidence']:.3f}"]
+        numbers = [organ["volume_ml"], organ["confidence"], organ["predicted_dice"]]
+        assert line.split()[-3:] == [f"{number:.3f}" for number in numbers]
+    assert side["calibration"]["cases"] == 2
+    assert side["review"] == any(flag["review"] for flag in side["flags"])
+    assert side["warnings"] == [flag["reason"] for flag in side["flags"]]
+
+
+def test_a_scan_of_another_kind_is_refused_unless_forced(made: Any, medseg: Any, scans: Path) -> None:
+    """Far beyond Hounsfield units, as an MR scan may be."""
+    image = nib.load(scans / "a.nii.gz")
+    values = np.asarray(image.dataobj).astype(np.int32) * 200 + 20_000
+    nib.save(nib.Nifti1Image(values, image.affine), scans / "mr.nii.gz")
+    command = ("predict", scans / "mr.nii.gz", "-m", made.model, *QUICK)
+    medseg(*command).refused("intensities of channel CT", "the model was trained on CT", "--force")
+    assert not (scans / "mr_seg.nii.gz").exists()
+    forced = medseg(*command, "--force")
+    assert forced.status == 0, forced
+    assert "review: intensities of channel CT" in forced.out
+    side = json.loads((scans / "mr_seg.json").read_text())
+    assert side["review"]
+    assert side["flags"][0]["structure"] is None
+
+
+def test_what_is_unlike_training_is_told(made: Any, medseg: Any, scans: Path) -> None:
+    image = nib.load(scans / "a.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine @ np.diag([3, 3, 3, 1])), scans / "large.nii.gz")
+    found = medseg("predict", scans / "large.nii.gz", "-m", made.model, *QUICK)
+    assert found.status == 0, found
+    assert "review: spacing: 3 x 3 x 6 mm; the model was trained on 1 x 1 x 2 mm" in found.out
+    assert json.loads((scans / "large_seg.json").read_text())["review"]
 
 
 def test_one_file(made: Any, medseg: Any, scans: Path, tmp_path: Path) -> None:

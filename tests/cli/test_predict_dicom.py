@@ -13,6 +13,7 @@ import pytest
 
 from medseg.core.volume import LabelMap
 from medseg.infer import predict as infer
+from medseg.infer.stream import Tally
 from medseg.io.dicom_seg_read import read_seg
 from medseg.io.reference import read_reference
 from medseg.io.rtstruct import read_rtstruct
@@ -57,7 +58,8 @@ def test_the_result_is_an_object_of_the_same_study(
 
 def nothing(volume: Any, plan: Any) -> Any:
     zeros = np.zeros(volume.grid.shape, dtype=np.uint8)
-    return LabelMap(zeros, volume.grid, plan.label_set), np.ones(zeros.shape, dtype=np.float32)
+    tally = Tally.empty(len(plan.labels) + 1, volume.grid.voxel_volume)
+    return infer.Segmentation(LabelMap(zeros, volume.grid, plan.label_set), tally, None)
 
 
 @pytest.mark.parametrize("kind", ["dicom-seg", "rtstruct"])
@@ -69,12 +71,13 @@ def test_nothing_found_is_written_and_said(
     common = ("-m", made.model, "--threads", 1, "--to", kind, "-o", output)
     assert medseg("predict", scan, *common).status == 0
     earlier = output.read_bytes()
-    monkeypatch.setattr(infer, "segment", lambda networks, volume, plan, *rest: nothing(volume, plan))
+    monkeypatch.setattr(infer, "segment", lambda engine, volume, plan, *rest, **more: nothing(volume, plan))
     done = medseg("predict", scan, *common)
     assert done.status == 0, done
-    assert "warning: nothing was found" in done.out
+    assert "review: nothing was found" in done.out
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["warnings"] == ["nothing was found"]
+    assert record["warnings"][-1] == "nothing was found"
+    assert record["review"]
     assert [organ["voxels"] for organ in record["organs"]] == [0, 0]
     written = pydicom.dcmread(output)
     assert output.read_bytes() != earlier

@@ -16,6 +16,8 @@ import torch
 
 from medseg.core.errors import InputError
 from medseg.models.build import build
+from medseg.models.calibration import Calibration, StructureCalibration
+from medseg.models.experience import ChannelExperience, Experience, Range, StructureExperience
 from medseg.models.package import (
     INDEX,
     Agreement,
@@ -98,6 +100,71 @@ def test_there_and_back(folder: Path) -> None:
     assert found.configuration == plan().configuration("3d")
     network = build(found.configuration, 1, 3)
     network.load_state_dict(found.members[1])
+
+
+def told() -> ModelPackage:
+    """With what it saw, and how far it can be believed."""
+    one = Range(low=1.0, high=2.5)
+    seen = Experience(
+        cases=3,
+        spacing=(one,) * 3,
+        extent=(one,) * 3,
+        orientations=("LPS", "RAS"),
+        channels=(
+            ChannelExperience(
+                name="CT",
+                modality="CT",
+                percentiles=(one,) * 7,
+                profile=(one,) * 7,
+                zero_share=Range(low=0, high=0.5),
+                negative_share=Range(low=0, high=0.5),
+            ),
+        ),
+        structures=(StructureExperience(name="a", number=1, cases=3, cut=0, mm3=one, pieces=one),),
+    )
+    measured = Calibration(
+        cases=2,
+        voxels=10,
+        temperature=1.5,
+        nll_before=0.5,
+        nll_after=0.4,
+        ece_before=0.1,
+        ece_after=0.02,
+        slope=1.1,
+        offset=-0.1,
+        dice_error_before=None,
+        dice_error=0.03,
+        dice_error_of_mean=0.04,
+        interval=None,
+        structures=(StructureCalibration(name="a", number=1, cases=2, mean_dice=0.9, review_below=None),),
+    )
+    return replace(package(), experience=seen, calibration=measured)
+
+
+def test_what_it_saw_and_how_far_to_believe_it_come_back(tmp_path: Path) -> None:
+    saved = told()
+    save_package(tmp_path / "p", saved)
+    found = load_package(tmp_path / "p")
+    assert (found.experience, found.calibration) == (saved.experience, saved.calibration)
+    assert found.digest() == saved.digest() == package().digest()
+    save_package(tmp_path / "p", package())
+    found = load_package(tmp_path / "p")
+    assert (found.experience, found.calibration) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["experience.json", "calibration.json"])
+def test_what_it_saw_is_sealed_and_read_strictly(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "p"
+    save_package(folder, told())
+    value = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**value, "cases": 99}))
+    refused(folder, "was changed after it was written")
+    for spoilt in ({**value, "format": 2}, {**value, "more": 1}, [value], {}):
+        (folder / name).write_text(json.dumps(spoilt))
+        resign(folder, name)
+        refused(folder, "has another format")
+    (folder / name).unlink()
+    refused(folder, "is missing")
 
 
 def test_the_card_says_what_it_takes_and_finds(folder: Path) -> None:

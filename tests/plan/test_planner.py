@@ -20,7 +20,18 @@ def measured(shapes: list[Any], spacings: list[Any], channels: tuple[str, ...] =
     return Fingerprint(
         task="Task99_Test",
         cases=tuple(
-            CasePrint(id=f"c{n}", shape=shape, spacing=mm, label_mm3={1: 100.0}, nonzero_share=1, image_hash=str(n))
+            CasePrint(
+                id=f"c{n}",
+                shape=shape,
+                spacing=mm,
+                orientation="RAS",
+                label_mm3={1: 100.0},
+                label_pieces={1: 1},
+                label_cut=(),
+                channels=(),
+                nonzero_share=1,
+                image_hash=str(n),
+            )
             for n, (shape, mm) in enumerate(zip(shapes, spacings, strict=True))
         ),
         intensities=tuple(

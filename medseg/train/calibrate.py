@@ -1,0 +1,136 @@
+"""How far a trained model can be believed, learnt from the cases that it was not trained on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from medseg.core.volume import LabelMap, Volume
+from medseg.evaluate.overlap import dice
+from medseg.infer.engine import pick_device
+from medseg.infer.predict import Predictor, Segmentation, segment
+from medseg.infer.stream import Keep, Tally
+from medseg.infer.trust import Outcome, Sample, calibrate, expected_dice, fit_temperature
+from medseg.infer.window import Box
+from medseg.models.calibration import Calibration
+from medseg.models.package import ModelPackage
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Loader = Callable[[str], tuple[Volume, LabelMap]]
+
+# More cases than this teach little more.
+_MOST_CASES = 50
+_FEWEST_CASES = 3
+# The temperature is one number, and stands on so many of them.
+_SAMPLED_CASES = 16
+_SAMPLED_VOXELS = 8_000
+# Logarithms are taken of probabilities no smaller.
+_LEAST = 1e-30
+# Voxels this near to a structure count, and those whose background is less sure than this.
+_NEAR, _SURE = 3, 0.99
+
+
+def calibration_of(
+    package: ModelPackage, load: Loader, *, device: str = "auto", seconds: float = float("inf")
+) -> Calibration | None:
+    """Predict the package's held-out cases, and compare what the model says of itself with the truth.
+
+    ``load`` gives a case by its id. Cases are taken evenly from the list, 50 at most, and fewer (but
+    three) where ``seconds`` run out. None where there is no held-out case, and where the model finds
+    nothing in any: there is then nothing to learn from.
+    """
+    cases = _evenly(package.held_out, _MOST_CASES)
+    if not cases:
+        return None
+    started = time.perf_counter()
+    predictor = Predictor(package, f"torch-{pick_device(device).type}")
+    samples: list[Sample] = []
+    before: dict[str, Float64] = {}
+    for case in _evenly(cases, _SAMPLED_CASES):
+        sample, before[case] = _sample(predictor, *load(case))
+        samples.append(sample)
+        if len(samples) >= _FEWEST_CASES and time.perf_counter() - started > seconds / 3:
+            break
+    if not any(len(s.truth) for s in samples):
+        return None
+    temperature = fit_temperature(
+        np.concatenate([s.logits for s in samples], axis=1), np.concatenate([s.truth for s in samples])
+    )
+    outcomes: list[Outcome] = []
+    for case in _halving(cases):
+        if len(outcomes) >= _FEWEST_CASES and time.perf_counter() - started > seconds:
+            break
+        unknown = np.full(len(package.plan.labels), np.nan)
+        outcomes.append(_outcome(predictor, *load(case), temperature, before.get(case, unknown)))
+    if not any(np.isfinite(o.expected + o.dice).any() for o in outcomes):
+        return None
+    return calibrate(samples, outcomes, package.plan.label_set, temperature)
+
+
+def _evenly(cases: Sequence[str], most: int) -> tuple[str, ...]:
+    return tuple(cases[:: -(-len(cases) // most)]) if cases else ()
+
+
+def _halving(cases: Sequence[str]) -> tuple[str, ...]:
+    """All cases, in an order whose beginnings are spread over the list."""
+    step = 1 << max(0, (len(cases) - 1).bit_length())
+    order: list[int] = []
+    while step >= 1:
+        order += [i for i in range(0, len(cases), step) if i not in order]
+        step //= 2
+    return tuple(cases[i] for i in order)
+
+
+def _sample(predictor: Predictor, volume: Volume, truth: LabelMap) -> tuple[Sample, Float64]:
+    """Voxels of a case, and the expected Dice (labels,) as the model tells it by itself."""
+    numbers = np.array([0, *truth.labels.numbers])
+    near = ndimage.binary_dilation(truth.values > 0, iterations=_NEAR)
+    share = min(1.0, _SAMPLED_VOXELS / max(1, int(np.count_nonzero(near))))
+    parts: dict[tuple[int, ...], Sample] = {}
+
+    def keep(box: Box, shares: Float32) -> None:
+        wanted = np.flatnonzero(near[box] | (shares[0] < _SURE))
+        place = tuple(side.start for side in box)
+        # Boxes come in any order; each has random numbers of its own.
+        chosen = wanted[np.random.default_rng(place).random(len(wanted)) < share]
+        logits = np.log(np.maximum(shares.reshape(len(shares), -1)[:, chosen], _LEAST))
+        parts[place] = Sample(logits, np.searchsorted(numbers, truth.values[box].ravel()[chosen]))
+
+    tally = _segment(predictor, volume, keep=keep).tally
+    ordered = [parts[place] for place in sorted(parts)]
+    sample = Sample(np.concatenate([p.logits for p in ordered], axis=1), np.concatenate([p.truth for p in ordered]))
+    return sample, _expected(tally)
+
+
+def _outcome(predictor: Predictor, volume: Volume, truth: LabelMap, temperature: float, before: Float64) -> Outcome:
+    made = _segment(predictor, volume, temperature=temperature)
+    found = made.label_map.values
+    overlaps = [
+        dice(found == number, truth.values == number) if (found == number).any() else np.nan
+        for number in truth.labels.numbers
+    ]
+    return Outcome(before, _expected(made.tally), np.array(overlaps))
+
+
+def _segment(
+    predictor: Predictor, volume: Volume, *, temperature: float = 1.0, keep: Keep | None = None
+) -> Segmentation:
+    package = predictor.package
+    return segment(
+        predictor.engine,
+        volume,
+        package.plan,
+        package.configuration_name,
+        threads=predictor.threads,
+        temperature=temperature,
+        keep=keep,
+    )
+
+
+def _expected(tally: Tally) -> Float64:
+    return expected_dice(tally.probability, tally.inside, tally.won)[1:]
