@@ -257,7 +257,7 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
         }
         patch = [n for a, n in enumerate(package.configuration.patch.value) if a != self._flat]
-        shape = openvino.PartialShape([-1, len(package.plan.channels), *patch])
+        shape = openvino.PartialShape([-1, package.channels, *patch])
         try:
             self._requests = []
             for path in package.graphs:
@@ -374,7 +374,7 @@ def _agrees(package: ModelPackage, engine: str) -> bool:
 def _networks(package: ModelPackage, device: torch.device) -> list[nn.Module]:
     networks = []
     for weights in package.members:
-        network = build(package.configuration, len(package.plan.channels), package.classes)
+        network = build(package.configuration, package.channels, package.classes)
         try:
             network.load_state_dict(weights)
         except RuntimeError:

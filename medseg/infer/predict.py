@@ -19,7 +19,7 @@ from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.window import OVERLAP, Box, sweep
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Plan
-from medseg.preprocess.regrid import preprocess
+from medseg.preprocess.regrid import home_thick, preprocess
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class Predictor:
         self.overlap = overlap
         self.scans_held = scans_held
         self.engine = open_engine(package, engine, self.threads)
+        before = package.previous
+        self._previous = (
+            Predictor(before, engine, memory=memory, threads=threads, overlap=overlap) if before is not None else None
+        )
 
     def predict(
         self,
@@ -99,6 +103,7 @@ class Predictor:
             volume,
             self.package.plan,
             self.package.configuration_name,
+            previous=self._previous.predict(volume).label_map if self._previous else None,
             overlap=self.overlap,
             memory=self.memory,
             scans_held=self.scans_held,
@@ -139,6 +144,7 @@ def segment(
     plan: Plan,
     configuration_name: str,
     *,
+    previous: LabelMap | None = None,
     overlap: float = OVERLAP,
     memory: int | None = None,
     scans_held: int = 1,
@@ -147,9 +153,11 @@ def segment(
     threads: int = 1,
     progress: Progress = silent,
 ) -> Segmentation:
-    """Labels of a scan on its own grid. Training validates by this very function."""
+    """Labels of a scan on its own grid; ``previous`` are those of the stage before, if the model is one
+    of two. Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
-    prepared = preprocess(volume, plan, configuration)
+    prepared = preprocess(volume, plan, configuration, previous)
+    thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
     tiling = within(
         memory,
         engine,
@@ -168,10 +176,19 @@ def segment(
 
     numbers = np.array([0, *plan.label_set.numbers])
     home = bring_home(
-        sweep(engine, prepared.values, tiling, wanted=_seen(prepared.values), tell=tell),
+        sweep(
+            engine,
+            prepared.values,
+            tiling,
+            # An imported model gets every tile, as where it comes from, and weighs them as there.
+            wanted=None if imported else _seen(prepared.values),
+            tell=tell,
+            lopsided=imported,
+        ),
         prepared.grid,
         volume.grid,
-        Decision(len(numbers), head=engine.head),
+        Decision(len(numbers), plan.painted, head=engine.head),
+        nearest=() if thick is None else (thick,),
         probability=probability,
         keep=keep,
         threads=threads,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "package.json"
+PREVIOUS = "previous"
 _ANOTHER = "Get the package again, or train it anew"
 
 
@@ -90,7 +91,8 @@ class StoredWeights(Mapping[str, "Tensor"]):
 class ModelPackage:
     """A trained model. ``members`` are the weights of one network per fold, by tensor name, in memory
     or in files; ``graphs`` the members' ONNX files, none where ``not_portable`` says why;
-    ``held_out`` names the cases that no member was trained on."""
+    ``held_out`` names the cases that no member was trained on. ``previous`` is the stage whose labels
+    it takes as further channels; it lies in a folder of that name."""
 
     plan: Plan
     configuration_name: str
@@ -101,6 +103,7 @@ class ModelPackage:
     graphs: tuple[Path, ...] = field(default=(), compare=False)
     not_portable: str = field(default="", compare=False)
     engines: dict[str, Agreement] = field(default_factory=dict)
+    previous: ModelPackage | None = None
 
     @property
     def configuration(self) -> Configuration:
@@ -108,8 +111,13 @@ class ModelPackage:
 
     @property
     def classes(self) -> int:
-        """Labels and the background."""
-        return len(self.plan.labels) + 1
+        """The network's outputs: the background and each label, or each region."""
+        return self.plan.outputs
+
+    @property
+    def channels(self) -> int:
+        """The network's inputs."""
+        return self.plan.inputs(self.configuration)
 
     @property
     def name(self) -> str:
@@ -118,7 +126,8 @@ class ModelPackage:
 
     def digest(self) -> str:
         """SHA-256 of plan, configuration and weights: which model this is, wherever it lies."""
-        return digest([self.plan.digest(), self.configuration_name, [_checksum(m) for m in self.members]])
+        before = [self.previous.digest()] if self.previous else []
+        return digest([self.plan.digest(), self.configuration_name, [_checksum(m) for m in self.members], *before])
 
 
 def save_package(folder: Path, package: ModelPackage) -> None:
@@ -139,6 +148,10 @@ def save_package(folder: Path, package: ModelPackage) -> None:
         graphs, reason = _write_graphs(aside, members, package)
         write_plan(aside / "plan.json", package.plan)
         write_text(aside / "README.md", _card(package))
+        nested: tuple[str, ...] = ()
+        if package.previous is not None:
+            save_package(aside / PREVIOUS, package.previous)
+            nested = (f"{PREVIOUS}/{INDEX}",)
         named = ("plan.json", *members, *graphs)
         index = Index(
             format=2,
@@ -147,7 +160,7 @@ def save_package(folder: Path, package: ModelPackage) -> None:
             members=members,
             graphs=graphs,
             not_portable=reason,
-            checksums={file: _hash(aside / file) for file in named},
+            checksums={file: _hash(aside / file) for file in (*named, *nested)},
             engines=package.engines,
             trained_on=package.trained_on,
             held_out=package.held_out,
@@ -155,7 +168,8 @@ def save_package(folder: Path, package: ModelPackage) -> None:
         )
         write_json(aside / INDEX, index.model_dump(mode="json"))
         (folder / INDEX).unlink(missing_ok=True)
-        for file in (*named, "README.md", INDEX):
+        shutil.rmtree(folder / PREVIOUS, ignore_errors=True)
+        for file in (*named, "README.md", *(PREVIOUS for _ in nested), INDEX):
             (aside / file).replace(folder / file)
         for old in (*folder.glob("member*.safetensors"), *folder.glob("member*.onnx")):
             if old.name not in named:
@@ -178,7 +192,8 @@ def load_package(folder: Path) -> ModelPackage:
     names = (*index.members, *index.graphs)
     if any(Path(name).name != name or name not in index.checksums for name in names):
         raise InputError(f"{folder / INDEX} names members that it has no checksum for", _ANOTHER)
-    for name in ("plan.json", *names):
+    nested = [name for name in index.checksums if name == f"{PREVIOUS}/{INDEX}"]
+    for name in ("plan.json", *names, *nested):
         path = folder / name
         if not path.is_file() or _hash(path) != index.checksums.get(name):
             raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
@@ -195,8 +210,10 @@ def load_package(folder: Path) -> ModelPackage:
         graphs=tuple(folder / name for name in index.graphs),
         not_portable=index.not_portable,
         engines=index.engines,
+        previous=load_package(folder / PREVIOUS) if nested else None,
     )
-    package.plan.configuration(package.configuration_name)
+    if (package.configuration.previous is None) != (package.previous is None):
+        raise InputError(f"{folder} lacks the stage before, or has one that its plan does not take", _ANOTHER)
     _require_own_graphs(package, members)
     return package
 
@@ -227,7 +244,7 @@ def _require_own_graphs(package: ModelPackage, members: tuple[StoredWeights, ...
         raise InputError(f"{package.name} has ONNX files for some of its members only", _ANOTHER)
     for path, weights in zip(package.graphs, members, strict=False):
         try:
-            check(path, layout(weights.path), package.configuration, len(package.plan.channels), package.classes)
+            check(path, layout(weights.path), package.configuration, package.channels, package.classes)
         except ValueError as error:
             raise InputError(f"{path} is not this model's network: {error}", _ANOTHER) from None
 
@@ -240,8 +257,8 @@ def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage)
     try:
         for member in members:
             with torch.device("meta"):
-                network = build(package.configuration, len(package.plan.channels), package.classes)
-            data = export(network, len(package.plan.channels), package.classes, layout(folder / member))
+                network = build(package.configuration, package.channels, package.classes)
+            data = export(network, package.channels, package.classes, layout(folder / member))
             files[member.replace(".safetensors", ".onnx")] = data
     except NotPortableError as error:
         return (), str(error)
