@@ -35,6 +35,8 @@ _NOT_SOUND: tuple[type[Exception], ...] = (
     igzip.BadGzipFile,
     igzip_lib.IsalError,  # type: ignore[assignment]
 )
+# What a zip does that has a file where it also has a folder, or one twice.
+_IN_THE_WAY: tuple[type[Exception], ...] = (FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,7 @@ def _unpack(source: Source, folder: Path, name: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with source.archive.open(source.member) as packed, target.open("xb") as file:
             shutil.copyfileobj(packed, file)
-    except (*_NOT_SOUND, FileExistsError, NotADirectoryError):
+    except _NOT_SOUND + _IN_THE_WAY:
         raise InputError(f"{name} is damaged: a file in it cannot be unpacked", "Get it again") from None
 
 
