@@ -45,7 +45,7 @@ def normalise(volume: Volume, rules: tuple[Normalisation, ...]) -> Volume:
     values = np.stack([scale(one.astype(np.float32)) for scale, one in zip(scales, volume.values, strict=True)])
     masked = [i for i, rule in enumerate(rules) if rule.kind == "zscore-mask"]
     if masked:
-        outside = ~_filled(volume)
+        outside = ~filled(volume)
         for i in masked:
             values[i][outside] = 0  # as it was before
     return Volume(values, volume.grid)
@@ -60,7 +60,7 @@ def scalings(volume: Volume, rules: tuple[Normalisation, ...]) -> tuple[Scaling,
             f"({', '.join(rule.channel for rule in rules)})",
             "Give the channels that the model was trained on, in that order",
         )
-    mask = _filled(volume) if any(rule.kind == "zscore-mask" for rule in rules) else None
+    mask = filled(volume) if any(rule.kind == "zscore-mask" for rule in rules) else None
     return tuple(_scaling(values, rule, mask) for values, rule in zip(volume.values, rules, strict=True))
 
 
@@ -84,12 +84,12 @@ def _scaling(values: NDArray[Any], rule: Normalisation, mask: NDArray[np.bool_] 
     return Scaling(-np.inf, np.inf, offset, max(factor, _LEAST_STD))
 
 
-def _filled(volume: Volume) -> NDArray[np.bool_]:
+def filled(volume: Volume) -> NDArray[np.bool_]:
     """The voxels (X, Y, Z) that are not zero in some channel, or are enclosed by such."""
     from scipy.ndimage import binary_fill_holes
 
-    filled: NDArray[np.bool_] = binary_fill_holes((volume.values != 0).any(axis=0))
-    return filled
+    mask: NDArray[np.bool_] = binary_fill_holes((volume.values != 0).any(axis=0))
+    return mask
 
 
 def _ct(rule: Normalisation) -> Scaling:

@@ -6,14 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.core.grid import Grid
-from medseg.core.resample import crop, resample, stretch
+from medseg.core.resample import axis_maps, crop, nearest, resample, stretch
 from medseg.core.volume import LabelMap, Volume
 from medseg.plan.plan import Configuration, Plan
-from medseg.preprocess.normalise import normalise, scalings
+from medseg.preprocess.normalise import filled, normalise, scalings
 
 Spacing = tuple[float, float, float]
-# Half, but for the rounding of weights.
-_HALF = 0.5 - 1e-6
+# Weights as near as this are the same.
+_ROUNDING = 1e-6
 
 
 def preprocess(volume: Volume, plan: Plan, configuration: Configuration, previous: LabelMap | None = None) -> Volume:
@@ -47,20 +47,31 @@ def _stretched(
     image = stretch(cropped, box.with_shape((x, y, z)), thick=thick)
     if previous is None:
         return image
-    more = _one_hot(resample(previous, onto=box), image.grid, plan.label_set.numbers, thick)
+    outside = ~filled(crop(volume, box))
+    more = _one_hot(resample(previous, onto=box), outside, image.grid, plan.label_set.numbers, thick)
     return Volume(np.concatenate([image.values, more]), image.grid)
 
 
-def _one_hot(labels: LabelMap, onto: Grid, numbers: tuple[int, ...], thick: int | None) -> NDArray[np.float32]:
-    """A channel (labels, X, Y, Z) for each label: 1 where it has half the weight or more; of two that
-    have, the higher number."""
-    out = np.zeros((len(numbers), *onto.shape), dtype=np.float32)
-    for i, number in enumerate(numbers):
-        mask = Volume((labels.values == number)[None], labels.grid)
-        there = stretch(mask, onto, thick=thick, linear=True).values[0] >= _HALF
-        out[:i, there] = 0
-        out[i][there] = 1
-    return out
+def _one_hot(
+    labels: LabelMap, outside: NDArray[np.bool_], onto: Grid, numbers: tuple[int, ...], thick: int | None
+) -> NDArray[np.float32]:
+    """A channel (labels, X, Y, Z) for each label: 1 where it has the largest linearly interpolated
+    weight, what is ``outside`` the patient being a label of its own. A tie goes to the label of the
+    nearest voxel, if it is one of those that tie, or else to the lowest."""
+    values = np.where(outside & (labels.values == 0), -1, labels.values.astype(np.int32))
+    maps = axis_maps(labels.grid, onto)
+    if maps is None:
+        raise ValueError("the grids' axes are not parallel")
+    near = values[np.ix_(*(nearest(m.positions, n) for m, n in zip(maps, values.shape, strict=True)))]
+    winner = np.zeros(onto.shape, dtype=np.int32)
+    best, of_near = np.zeros(onto.shape, dtype=np.float32), np.zeros(onto.shape, dtype=np.float32)
+    for number in (-1, 0, *numbers):
+        weight = stretch(Volume((values == number)[None], labels.grid), onto, thick=thick, linear=True).values[0]
+        wins = weight > best + _ROUNDING
+        winner[wins], best[wins] = number, weight[wins]
+        np.copyto(of_near, weight, where=near == number)
+    np.copyto(winner, near, where=of_near >= best - _ROUNDING)
+    return np.stack([winner == number for number in numbers]).astype(np.float32)
 
 
 def target_spacing(scan: Grid, configuration: Configuration) -> Spacing:
@@ -93,9 +104,9 @@ def occupied(volume: Volume, orientation: str = "ras") -> Grid:
     """The reoriented grid (with "stored" axes the scan's own) of the smallest box that holds every
     voxel which is not zero in some channel; the whole grid where all are zero."""
     box = volume.grid
-    filled = _filled(volume)
-    if filled[0].any():
-        hits = [np.flatnonzero(one) for one in filled]
+    planes = _filled(volume)
+    if planes[0].any():
+        hits = [np.flatnonzero(one) for one in planes]
         x, y, z = (int(hit[-1] - hit[0] + 1) for hit in hits)
         box = box.window([int(hit[0]) for hit in hits], (x, y, z))
     return box if orientation == "stored" else box.reoriented()

@@ -107,7 +107,7 @@ def one(variant: Variant, peer: Path, work: Path, out: Path, environment: dict[s
     program = Path(__file__).with_name("nnunet_peer.py")
     subprocess.run([str(peer / "python"), str(program), str(inputs / "what.json")], env=environment, check=True)
     for configuration in variant.configurations:
-        for tta in ("plain", "mirrored"):
+        for tta in ("plain", "mirrored", "exact"):
             shutil.copy(predicted / configuration / tta / "scan.nii.gz", out / f"{configuration}_{tta}.nii.gz")
         name = f"{TRAINER}__{plans}__{configuration}"
         keep(results / name, out / "models" / name, variant.folds)

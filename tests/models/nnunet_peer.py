@@ -95,7 +95,9 @@ def main() -> None:
         for fold in what["folds"]:
             if not (trained / f"fold_{fold}" / "checkpoint_final.pth").exists():
                 run_training(str(number), configuration, fold, what["trainer"], plans, device=torch.device("cpu"))
-        for name, mirrored in (("plain", False), ("mirrored", True)):
+        for name, mirrored in (("plain", False), ("mirrored", True), ("exact", False)):
+            # nnU-Net adds its logits up in what it calls by this name.
+            torch.half = torch.float32 if name == "exact" else torch.float16
             out = Path(what["predicted"]) / configuration / name
             out.mkdir(parents=True, exist_ok=True)
             predictor = nnUNetPredictor(use_mirroring=mirrored, device=torch.device("cpu"), allow_tqdm=False)
