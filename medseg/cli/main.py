@@ -13,6 +13,7 @@ from medseg.cli.check import check
 from medseg.cli.convert import convert
 from medseg.cli.evaluate import evaluate
 from medseg.cli.inspect import inspect
+from medseg.cli.models import models
 from medseg.cli.phantom import phantom
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
@@ -30,13 +31,14 @@ def cli() -> None:
     \b
     A scan in, a label map out:   inspect, predict, convert
     A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, report
+    Models of nnU-Net and others: models
     Data with known truth:        phantom
 
     Exit status: 0 done, 1 the work failed, 2 the input is wrong.
     """
 
 
-for command in (inspect, convert, check, plan, preprocess, train, predict, evaluate, report, phantom):
+for command in (inspect, convert, check, plan, preprocess, train, predict, evaluate, report, models, phantom):
     cli.add_command(command)
 
 

@@ -55,7 +55,7 @@ class Read:
 
 @click.command()
 @click.argument("scans", type=FOLDER, nargs=-1)
-@click.option("-m", "--model", type=FOLDER, required=True, help="The model package, a folder.")
+@click.option("-m", "--model", required=True, help="The model: a package's folder, or the name of an installed one.")
 @click.option("-o", "--output", type=FOLDER, help="File for one scan, or folder.  [default: beside each scan]")
 @click.option("--to", type=click.Choice(TARGETS), default="nifti", show_default=True, help="DICOM needs DICOM scans.")
 @click.option("--series", type=click.IntRange(min=1), help="Which DICOM series, by its number in `medseg inspect`.")
@@ -94,7 +94,7 @@ class Read:
 @threads_option
 def predict(
     scans: tuple[Path, ...],
-    model: Path,
+    model: str,
     output: Path | None,
     to: str,
     series: int | None,
@@ -125,6 +125,7 @@ def predict(
     --skip-done and no --shard, the command writes the index of them all.
     """
     from medseg.models.package import load_package
+    from medseg.models.shelf import find_package
 
     if not channels and (align or not (scans or list_file)):
         raise InputError(
@@ -138,7 +139,7 @@ def predict(
     use_sleeping_threads()
     from medseg.infer.predict import Predictor
 
-    package = load_package(model)
+    package = load_package(find_package(model))
     wanted = Wishes(**wishes)
     predictor = Predictor(package, engine, memory=memory, threads=threads)
     if channels:

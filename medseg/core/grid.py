@@ -181,6 +181,13 @@ class Grid:
         matrix[:3, 3] = first
         return Grid((int(shape[0]), int(shape[1]), int(shape[2])), self.affine @ matrix)
 
+    def with_shape(self, shape: tuple[int, int, int]) -> Grid:
+        """So many voxels over the same field of view, edge to edge."""
+        step = np.asarray(self.shape) / np.asarray(shape)
+        matrix = np.diag([*step, 1.0])
+        matrix[:3, 3] = (step - 1) / 2
+        return Grid(shape, self.affine @ matrix)
+
     def window(self, start: ArrayLike, shape: tuple[int, int, int]) -> Grid:
         """The grid of a box of voxels, from index ``start`` on. The box may reach outside."""
         matrix = np.eye(4)

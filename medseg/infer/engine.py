@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -132,7 +133,7 @@ class TorchEngine:
         precision: str | None = None,
     ) -> None:
         self.name = f"torch-{device.type}"
-        self.precision = precision or _torch_precision(device)
+        self.precision = precision or torch_precision(device)
         self.notes: list[str] = []
         self._networks, self.head = _split(networks, outputs)
         self.outputs = self.head.weight.shape[1] if self.head else outputs
@@ -257,7 +258,7 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
         }
         patch = [n for a, n in enumerate(package.configuration.patch.value) if a != self._flat]
-        shape = openvino.PartialShape([-1, len(package.plan.channels), *patch])
+        shape = openvino.PartialShape([-1, package.channels, *patch])
         try:
             self._requests = []
             for path in package.graphs:
@@ -374,7 +375,7 @@ def _agrees(package: ModelPackage, engine: str) -> bool:
 def _networks(package: ModelPackage, device: torch.device) -> list[nn.Module]:
     networks = []
     for weights in package.members:
-        network = build(package.configuration, len(package.plan.channels), package.classes)
+        network = build(package.configuration, package.channels, package.classes)
         try:
             network.load_state_dict(weights)
         except RuntimeError:
@@ -424,7 +425,10 @@ def _stored_head(package: ModelPackage) -> Head | None:
     return _joined(heads)
 
 
-def _torch_precision(device: torch.device) -> str:
+@cache
+def torch_precision(device: torch.device) -> str:
+    """The fastest of f32, bf16 and f16 that a device has instructions for. Where it has to pretend, as
+    processors without AVX-512's or AMX's bf16, half the precision takes many times as long."""
     import torch
 
     if device.type == "cuda":

@@ -23,7 +23,7 @@ from medseg.models.calibration import Calibration
 from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Plan
-from medseg.preprocess.regrid import preprocess
+from medseg.preprocess.regrid import home_thick, preprocess
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,10 @@ class Predictor:
         self.overlap = overlap
         self.scans_held = scans_held
         self.engine = open_engine(package, engine, self.threads)
+        before = package.previous
+        self._previous = (
+            Predictor(before, engine, memory=memory, threads=threads, overlap=overlap) if before is not None else None
+        )
 
     def predict(
         self,
@@ -121,6 +125,7 @@ class Predictor:
             volume,
             self.package.plan,
             self.package.configuration_name,
+            previous=self._previous.predict(volume).label_map if self._previous else None,
             overlap=self.overlap,
             memory=self.memory,
             scans_held=self.scans_held,
@@ -185,6 +190,7 @@ def segment(
     plan: Plan,
     configuration_name: str,
     *,
+    previous: LabelMap | None = None,
     overlap: float = OVERLAP,
     memory: int | None = None,
     scans_held: int = 1,
@@ -195,9 +201,11 @@ def segment(
     temperature: float = 1.0,
 ) -> Segmentation:
     """Labels of a scan on its own grid, the probabilities being those of the logits divided by
-    ``temperature``. Training validates by this very function."""
+    ``temperature``; ``previous`` are the labels of the stage before, if the model is one of two.
+    Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
-    prepared = preprocess(volume, plan, configuration)
+    prepared = preprocess(volume, plan, configuration, previous)
+    thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
     tiling = within(
         memory,
         engine,
@@ -216,10 +224,19 @@ def segment(
 
     numbers = np.array([0, *plan.label_set.numbers])
     home = bring_home(
-        sweep(engine, prepared.values, tiling, wanted=_seen(prepared.values), tell=tell),
+        sweep(
+            engine,
+            prepared.values,
+            tiling,
+            # An imported model gets every tile, as where it comes from, and weighs them as there.
+            wanted=None if imported else _seen(prepared.values),
+            tell=tell,
+            lopsided=imported,
+        ),
         prepared.grid,
         volume.grid,
-        Decision(len(numbers), temperature=temperature, head=engine.head),
+        Decision(len(numbers), plan.painted, temperature, engine.head),
+        nearest=() if thick is None else (thick,),
         probability=probability,
         keep=keep,
         threads=threads,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from medseg.core.grid import Grid
 from medseg.core.resample import AxisMap, axis_maps
+from medseg.core.resample import nearest as nearest_voxel
 from medseg.infer.engine import Head
 from medseg.infer.window import Box, Slab
 
@@ -195,7 +196,7 @@ class _Axis:
         at = np.clip(m.positions[inside], 0, size - 1)
         first = int(inside[0]) if len(inside) else 0
         if nearest or m.on_voxels or size == 1:
-            return cls(first, np.floor(at + 0.5).clip(0, size - 1).astype(np.intp), None)
+            return cls(first, nearest_voxel(at, size), None)
         low = np.minimum(np.floor(at), size - 2).astype(np.intp)
         return cls(first, low, (at - low).astype(np.float32))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -67,13 +68,14 @@ class Tiling:
         return longest * widest * self.shape[other]
 
 
-def tile_starts(size: int, patch: int, overlap: float = OVERLAP) -> list[int]:
+def tile_starts(size: int, patch: int, overlap: float = OVERLAP, *, loose: bool = False) -> list[int]:
     """First voxels of the fewest tiles that cover an axis with at least ``overlap``, evenly laid. A
-    tile longer than the axis lies around it."""
+    tile longer than the axis lies around it. Where they are ``loose``, as in nnU-Net, rounding may take
+    a voxel of the overlap of odd patches."""
     if size <= patch:
         return [-((patch - size) // 2)]
-    step = max(1, int(patch * (1 - overlap)))
-    count = -(-(size - patch) // step) + 1
+    step = max(1.0, patch * (1 - overlap))
+    count = math.ceil((size - patch) / (step if loose else int(step))) + 1
     return [round(i * (size - patch) / (count - 1)) for i in range(count)]
 
 
@@ -86,7 +88,8 @@ def lay(
     Slices of a 2D network are worked through across their plane.
     """
     patch = configuration.patch.value
-    x, y, z = (tuple(tile_starts(n, p, overlap)) for n, p in zip(shape, patch, strict=True))
+    loose = configuration.grid == "shape"
+    x, y, z = (tuple(tile_starts(n, p, overlap, loose=loose)) for n, p in zip(shape, patch, strict=True))
     flat = configuration.slice_axis
     orders = [(flat, a) for a in range(3) if a != flat] if flat is not None else list(product(range(3), range(3)))
     whole = [Tiling(shape, patch, (x, y, z), a, b, ((0, shape[b]),)) for a, b in orders if a != b]
@@ -119,14 +122,23 @@ def _banded(whole: Tiling, count: int) -> Tiling:
     )
 
 
-def gaussian(patch: tuple[int, ...]) -> Float32:
+def gaussian(patch: tuple[int, ...], *, lopsided: bool = False) -> Float32:
     """Weight of each voxel of a tile: 1 in the middle, falling off with a deviation of an eighth of
-    the length (as in nnU-Net), never below 1e-3, so that no voxel is without weight."""
+    the length (as in nnU-Net), never below 1e-3, so that no voxel is without weight.
+
+    ``lopsided`` weights are nnU-Net's to the voxel: their middle is that of the upper half of an even
+    length, and they fall to 6e-9, its least number. On small patches that moves borders.
+    """
+    least = 6e-9 if lopsided else 1e-3
     weight = np.ones(patch, dtype=np.float64)
     for axis, n in enumerate(patch):
-        line = np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) if n > 1 else np.ones(1)
+        line = (
+            np.exp(-0.5 * ((np.arange(n) - (n // 2 if lopsided else (n - 1) / 2)) / (n / 8)) ** 2)
+            if n > 1
+            else np.ones(1)
+        )
         weight = weight * line.reshape([-1 if a == axis else 1 for a in range(len(patch))])
-    return np.maximum(weight, 1e-3).astype(np.float32)
+    return np.maximum(weight, least).astype(np.float32)
 
 
 def sweep(
@@ -136,6 +148,7 @@ def sweep(
     *,
     wanted: Callable[[Box], bool] | None = None,
     tell: Callable[[int], None] = lambda count: None,
+    lopsided: bool = False,
 ) -> Iterator[Slab]:
     """Logits of an image (C, X, Y, Z) on the network's grid, weighted by `gaussian` and averaged over
     overlapping tiles, slab after slab as they are finished.
@@ -143,7 +156,7 @@ def sweep(
     What lies beyond the image is zero. Tiles whose box, clipped to the image, is not ``wanted`` are
     not run. ``tell`` is told how many tiles more are done with. A slab's values are the caller's.
     """
-    weight = engine.array(gaussian(tiling.patch))
+    weight = engine.array(gaussian(tiling.patch, lopsided=lopsided))
     size = max(1, _VOXELS_AT_ONCE // int(np.prod(tiling.patch)))
     for band in tiling.bands:
         parts = _Parts(engine, tiling, band)

@@ -6,11 +6,15 @@ than one member is in memory at a time.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import shutil
 import stat
+import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
@@ -31,6 +35,8 @@ _NOT_SOUND: tuple[type[Exception], ...] = (
     igzip.BadGzipFile,
     igzip_lib.IsalError,  # type: ignore[assignment]
 )
+# What a zip does that has a file where it also has a folder, or one twice.
+_IN_THE_WAY: tuple[type[Exception], ...] = (FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +94,41 @@ def find_sources(path: Path) -> list[Source]:
     if not path.is_file():
         raise InputError(f"{path} is missing", "Name a file, a folder or a zip that is there")
     return _members(path) if is_zip(path) else [Source(path)]
+
+
+@contextlib.contextmanager
+def unpacked(path: Path, wanted: Callable[[str], bool], *, most: int) -> Iterator[Path]:
+    """A folder as it is, or the files of a zip whose paths are ``wanted``, in a folder that goes away
+    again.
+
+    Raises InputError for a zip that is damaged, locked or hostile, or holds more than ``most`` bytes.
+    """
+    if not is_zip(path):
+        if not path.is_dir():
+            raise InputError(f"{path} is {'no zip' if path.exists() else 'missing'}", "Name a folder or a zip")
+        yield path
+        return
+    members = [source for source in _members(path) if source.member and wanted(source.member)]
+    size = sum(s.archive.getinfo(s.member).file_size for s in members if s.archive and s.member)
+    if size > most:
+        raise InputError(f"{path.name} unpacks to {size >> 20} MiB", "Unpack it yourself, and look what it is")
+    with tempfile.TemporaryDirectory(prefix="medseg-") as folder:
+        for source in members:
+            _unpack(source, Path(folder), path.name)
+        yield Path(folder)
+
+
+def _unpack(source: Source, folder: Path, name: str) -> None:
+    """Write a member, whose path has been found to stay inside, below a folder."""
+    if source.archive is None or source.member is None:
+        return
+    target = folder / source.member
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.archive.open(source.member) as packed, target.open("xb") as file:
+            shutil.copyfileobj(packed, file)
+    except _NOT_SOUND + _IN_THE_WAY:
+        raise InputError(f"{name} is damaged: a file in it cannot be unpacked", "Get it again") from None
 
 
 def is_zip(path: Path) -> bool:

@@ -18,7 +18,17 @@ def _unet(configuration: Configuration, channels: int, classes: int) -> nn.Modul
     return unet(configuration, channels, classes)
 
 
-BUILDERS: dict[str, Callable[[Configuration, int, int], nn.Module]] = {"unet": _unet}
+def _staged(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.stages import StagedUNet
+
+    return StagedUNet(configuration, channels, classes)
+
+
+BUILDERS: dict[str, Callable[[Configuration, int, int], nn.Module]] = {
+    "unet": _unet,
+    "nnunet-plain": _staged,
+    "nnunet-residual": _staged,
+}
 
 
 def build(configuration: Configuration, channels: int, classes: int) -> nn.Module:

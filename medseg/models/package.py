@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 INDEX = "package.json"
 EXPERIENCE, CALIBRATION = "experience.json", "calibration.json"
 M = TypeVar("M", bound=BaseModel)
+PREVIOUS = "previous"
 _ANOTHER = "Get the package again, or train it anew"
 
 
@@ -95,7 +96,8 @@ class ModelPackage:
     """A trained model. ``members`` are the weights of one network per fold, by tensor name, in memory
     or in files; ``graphs`` the members' ONNX files, none where ``not_portable`` says why;
     ``held_out`` names the cases that no member was trained on. ``experience`` says what scans it was
-    trained on, ``calibration`` how far its probabilities can be believed, where that is known."""
+    trained on, ``calibration`` how far its probabilities can be believed, where that is known.
+    ``previous`` is the stage whose labels it takes as further channels; it lies in a folder of that name."""
 
     plan: Plan
     configuration_name: str
@@ -108,6 +110,7 @@ class ModelPackage:
     engines: dict[str, Agreement] = field(default_factory=dict)
     experience: Experience | None = None
     calibration: Calibration | None = None
+    previous: ModelPackage | None = None
 
     @property
     def configuration(self) -> Configuration:
@@ -115,8 +118,13 @@ class ModelPackage:
 
     @property
     def classes(self) -> int:
-        """Labels and the background."""
-        return len(self.plan.labels) + 1
+        """The network's outputs: the background and each label, or each region."""
+        return self.plan.outputs
+
+    @property
+    def channels(self) -> int:
+        """The network's inputs."""
+        return self.plan.inputs(self.configuration)
 
     @property
     def name(self) -> str:
@@ -125,7 +133,8 @@ class ModelPackage:
 
     def digest(self) -> str:
         """SHA-256 of plan, configuration and weights: which model this is, wherever it lies."""
-        return digest([self.plan.digest(), self.configuration_name, [_checksum(m) for m in self.members]])
+        before = [self.previous.digest()] if self.previous else []
+        return digest([self.plan.digest(), self.configuration_name, [_checksum(m) for m in self.members], *before])
 
 
 def save_package(folder: Path, package: ModelPackage) -> None:
@@ -150,6 +159,10 @@ def save_package(folder: Path, package: ModelPackage) -> None:
         told = {file: value.model_dump(mode="json") for file, value in known.items() if value is not None}
         for file, value in told.items():
             write_json(aside / file, value)
+        nested: tuple[str, ...] = ()
+        if package.previous is not None:
+            save_package(aside / PREVIOUS, package.previous)
+            nested = (f"{PREVIOUS}/{INDEX}",)
         named = ("plan.json", *told, *members, *graphs)
         index = Index(
             format=2,
@@ -158,7 +171,7 @@ def save_package(folder: Path, package: ModelPackage) -> None:
             members=members,
             graphs=graphs,
             not_portable=reason,
-            checksums={file: _hash(aside / file) for file in named},
+            checksums={file: _hash(aside / file) for file in (*named, *nested)},
             engines=package.engines,
             trained_on=package.trained_on,
             held_out=package.held_out,
@@ -166,7 +179,8 @@ def save_package(folder: Path, package: ModelPackage) -> None:
         )
         write_json(aside / INDEX, index.model_dump(mode="json"))
         (folder / INDEX).unlink(missing_ok=True)
-        for file in (*named, "README.md", INDEX):
+        shutil.rmtree(folder / PREVIOUS, ignore_errors=True)
+        for file in (*named, "README.md", *(PREVIOUS for _ in nested), INDEX):
             (aside / file).replace(folder / file)
         for old in (*folder.glob("member*.safetensors"), *folder.glob("member*.onnx")):
             if old.name not in named:
@@ -190,7 +204,8 @@ def load_package(folder: Path) -> ModelPackage:
     if any(Path(name).name != name or name not in index.checksums for name in names):
         raise InputError(f"{folder / INDEX} names members that it has no checksum for", _ANOTHER)
     told = tuple(name for name in (EXPERIENCE, CALIBRATION) if name in index.checksums)
-    for name in ("plan.json", *told, *names):
+    nested = [name for name in index.checksums if name == f"{PREVIOUS}/{INDEX}"]
+    for name in ("plan.json", *told, *names, *nested):
         path = folder / name
         if not path.is_file() or _hash(path) != index.checksums.get(name):
             raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
@@ -209,8 +224,10 @@ def load_package(folder: Path) -> ModelPackage:
         engines=index.engines,
         experience=_read(folder / EXPERIENCE, Experience) if EXPERIENCE in told else None,
         calibration=_read(folder / CALIBRATION, Calibration) if CALIBRATION in told else None,
+        previous=load_package(folder / PREVIOUS) if nested else None,
     )
-    package.plan.configuration(package.configuration_name)
+    if (package.configuration.previous is None) != (package.previous is None):
+        raise InputError(f"{folder} lacks the stage before, or has one that its plan does not take", _ANOTHER)
     _require_own_graphs(package, members)
     return package
 
@@ -248,7 +265,7 @@ def _require_own_graphs(package: ModelPackage, members: tuple[StoredWeights, ...
         raise InputError(f"{package.name} has ONNX files for some of its members only", _ANOTHER)
     for path, weights in zip(package.graphs, members, strict=False):
         try:
-            check(path, layout(weights.path), package.configuration, len(package.plan.channels), package.classes)
+            check(path, layout(weights.path), package.configuration, package.channels, package.classes)
         except ValueError as error:
             raise InputError(f"{path} is not this model's network: {error}", _ANOTHER) from None
 
@@ -261,8 +278,8 @@ def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage)
     try:
         for member in members:
             with torch.device("meta"):
-                network = build(package.configuration, len(package.plan.channels), package.classes)
-            data = export(network, len(package.plan.channels), package.classes, layout(folder / member))
+                network = build(package.configuration, package.channels, package.classes)
+            data = export(network, package.channels, package.classes, layout(folder / member))
             files[member.replace(".safetensors", ".onnx")] = data
     except NotPortableError as error:
         return (), str(error)

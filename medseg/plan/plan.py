@@ -21,6 +21,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Three = tuple[Count, Count, Count]
 
 
+def _unless(default: Any) -> Any:
+    """A field that is written only where it differs from its default, so that plans that never heard
+    of it keep their text and digest."""
+    return Field(default=default, exclude_if=lambda value: value == default)
+
+
 class Strict(BaseModel):
     """Frozen, and closed: an unknown key is an error."""
 
@@ -48,10 +54,15 @@ class Normalisation(Strict):
     ``ct``: clip to [low, high] HU, subtract ``mean``, divide by ``std``, all measured on the
     training set's foreground. ``zscore``: per case, over its non-zero voxels, clipped to their
     0.5 and 99.5 percentiles.
+
+    Those of imported models, per case and over the box that holds what is not zero:
+    ``zscore-whole``: mean 0, deviation 1, nothing clipped. ``zscore-mask``: the same within the voxels
+    that are not zero in some channel, holes filled; the others stay. ``unit``: lowest 0, highest 1.
+    ``rgb``: divided by 255. ``none``: as they are.
     """
 
     channel: str
-    kind: Literal["ct", "zscore"]
+    kind: Literal["ct", "zscore", "zscore-whole", "zscore-mask", "unit", "rgb", "none"]
     low: Finite | None = None
     high: Finite | None = None
     mean: Finite | None = None
@@ -68,12 +79,21 @@ class Normalisation(Strict):
 
 class Network(Strict):
     """A U-Net: per stage, from full resolution down, its features, kernel and stride, on the three
-    voxel axes (a 2D network has kernel and stride 1 along ``slice_axis``)."""
+    voxel axes (a 2D network has kernel and stride 1 along ``slice_axis``).
 
-    family: Literal["unet"] = "unet"
+    The families of imported models also say how many convolutions (``nnunet-plain``) or residual
+    blocks (``nnunet-residual``) a stage has, how many convolutions follow each step up (deepest
+    first), and the features of the convolution before the first residual stage.
+    """
+
+    family: Literal["unet", "nnunet-plain", "nnunet-residual"] = "unet"
     features: tuple[Count, ...]
     kernels: tuple[Three, ...]
     strides: tuple[Three, ...]
+    blocks: tuple[Count, ...] = _unless(())
+    decoder_blocks: tuple[Count, ...] = _unless(())
+    stem: Count | None = _unless(None)
+    bias: bool = _unless(True)
 
     @model_validator(mode="after")
     def _one_each(self) -> Network:
@@ -86,6 +106,11 @@ class Network(Strict):
                 raise ValueError(
                     f"kernel {kernel} with stride {stride}: kernels are odd, strides no longer than them + 1"
                 )
+        counts = (len(self.features), len(self.features) - 1) if self.family != "unet" else (0, 0)
+        if (len(self.blocks), len(self.decoder_blocks)) != counts:
+            raise ValueError(f"{self.family} has {counts[0]} entries in blocks and {counts[1]} in decoder_blocks")
+        if (self.stem is not None) != (self.family == "nnunet-residual"):
+            raise ValueError("nnunet-residual, and only that, has a stem")
         return self
 
     @property
@@ -99,7 +124,15 @@ class Network(Strict):
 
 class Configuration(Strict):
     """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z. In 2D the
-    patch is one voxel thick along ``slice_axis``."""
+    patch is one voxel thick along ``slice_axis``.
+
+    How imported models differ: ``orientation`` "stored" takes the axes as the file has them, whatever
+    way they run, and spacing and patch are along those. ``grid`` "shape" rounds the number of voxels
+    and stretches them over the field of view exactly; in 2D each scan keeps its own spacing along
+    ``slice_axis``. ``thick``: where the largest spacing, before or after, is more than so many times
+    the smallest, that axis takes the nearest slice. ``previous`` names the stage whose labels, one
+    channel each, are added to the scan's channels.
+    """
 
     dimensions: Literal[2, 3]
     slice_axis: Literal[0, 1, 2] | None = None
@@ -107,6 +140,10 @@ class Configuration(Strict):
     patch: Decision[Three]
     batch: Decision[Count]
     network: Decision[Network]
+    orientation: Literal["ras", "stored"] = _unless("ras")
+    grid: Literal["spacing", "shape"] = _unless("spacing")
+    thick: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = _unless(None)
+    previous: str | None = _unless(None)
 
     @model_validator(mode="after")
     def _patch_fits(self) -> Configuration:
@@ -148,12 +185,24 @@ class Training(Strict):
     steps_per_epoch: Count = 50
 
 
+class Region(Strict):
+    """What one output of a network of overlapping regions stands for: the labels that it covers, and
+    the label ``number`` that is painted where its logit is above 0."""
+
+    name: str
+    labels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    number: Annotated[int, Field(ge=1, le=65_535)]
+
+
 class Plan(Strict):
     """Everything a run needs to know besides paths, device, seed and budget.
 
     ``optional_channels`` may be missing at prediction, and are then as if they held their mean
     throughout. They may not be the first. Whether the network can do without them is a question of
     how it was trained, which the plan does not answer.
+
+    With ``regions`` the network has one output for each, painted in their order, the later over the
+    earlier.
     """
 
     format: Literal[1] = 1
@@ -165,6 +214,7 @@ class Plan(Strict):
     configurations: Annotated[dict[str, Configuration], Field(min_length=1)]
     training: Training
     fingerprint: str
+    regions: tuple[Region, ...] = _unless(())
 
     @model_validator(mode="after")
     def _channels_and_labels_agree(self) -> Plan:
@@ -181,11 +231,30 @@ class Plan(Strict):
             _ = self.label_set
         except InputError as error:
             raise ValueError(error.fault) from None
+        kinds = {n.kind for n in self.normalisation.value} - {"ct", "zscore"}
+        if kinds and any(c.grid != "shape" for c in self.configurations.values()):
+            raise ValueError(f"normalisation {', '.join(sorted(kinds))} goes with the grid 'shape'")
+        if unknown := {r.number for r in self.regions} - set(self.label_set.numbers):
+            raise ValueError(f"regions are painted as {sorted(unknown)}, which no label has")
         return self
 
     @property
     def label_set(self) -> LabelSet:
         return LabelSet(tuple(Label(e.name, e.number, e.code) for e in self.labels))
+
+    @property
+    def outputs(self) -> int:
+        """How many logits the network gives per voxel: one a label and the background, or one a region."""
+        return len(self.regions) or len(self.labels) + 1
+
+    @property
+    def painted(self) -> tuple[int, ...] | None:
+        """For each region the class that it paints: 1 is the first label. None without regions."""
+        return tuple(1 + self.label_set.numbers.index(r.number) for r in self.regions) or None
+
+    def inputs(self, configuration: Configuration) -> int:
+        """How many channels the network takes."""
+        return len(self.channels) + (len(self.labels) if configuration.previous else 0)
 
     def configuration(self, name: str) -> Configuration:
         """A configuration by name; InputError where the plan has none of it."""

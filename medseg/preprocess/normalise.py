@@ -16,6 +16,8 @@ Float32 = NDArray[np.float32]
 
 # With a half percent clipped at either end, no value lies farther from the mean than 1/sqrt(0.005) = 14.
 _FARTHEST = 20.0
+_LEAST_STD = 1e-8
+_WHITE = 255.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ def normalise(volume: Volume, rules: tuple[Normalisation, ...]) -> Volume:
     """Float32 values, one rule per channel. Raises InputError where their numbers differ."""
     scales = scalings(volume, rules)
     values = np.stack([scale(one.astype(np.float32)) for scale, one in zip(scales, volume.values, strict=True)])
+    masked = [i for i, rule in enumerate(rules) if rule.kind == "zscore-mask"]
+    if masked:
+        outside = ~filled(volume)
+        for i in masked:
+            values[i][outside] = 0  # as it was before
     return Volume(values, volume.grid)
 
 
@@ -53,9 +60,36 @@ def scalings(volume: Volume, rules: tuple[Normalisation, ...]) -> tuple[Scaling,
             f"({', '.join(rule.channel for rule in rules)})",
             "Give the channels that the model was trained on, in that order",
         )
-    return tuple(
-        _ct(rule) if rule.kind == "ct" else _zscore(values) for values, rule in zip(volume.values, rules, strict=True)
-    )
+    mask = filled(volume) if any(rule.kind == "zscore-mask" for rule in rules) else None
+    return tuple(_scaling(values, rule, mask) for values, rule in zip(volume.values, rules, strict=True))
+
+
+def _scaling(values: NDArray[Any], rule: Normalisation, mask: NDArray[np.bool_] | None) -> Scaling:
+    if rule.kind == "ct":
+        return _ct(rule)
+    if rule.kind == "zscore":
+        return _zscore(values)
+    offset, factor = 0.0, 1.0
+    if rule.kind in ("zscore-whole", "zscore-mask"):
+        inside = values[mask] if rule.kind == "zscore-mask" else values
+        if inside.size:
+            offset, factor = float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
+    elif rule.kind == "unit":
+        offset = float(values.min())
+        factor = float(values.max()) - offset
+    elif rule.kind == "rgb":
+        factor = _WHITE
+        if values.min() < 0 or values.max() > _WHITE:
+            raise InputError(f"{rule.channel} holds values outside 0 to 255", "Give the colours as trained on")
+    return Scaling(-np.inf, np.inf, offset, max(factor, _LEAST_STD))
+
+
+def filled(volume: Volume) -> NDArray[np.bool_]:
+    """The voxels (X, Y, Z) that are not zero in some channel, or are enclosed by such."""
+    from scipy.ndimage import binary_fill_holes
+
+    mask: NDArray[np.bool_] = binary_fill_holes((volume.values != 0).any(axis=0))
+    return mask
 
 
 def _ct(rule: Normalisation) -> Scaling:

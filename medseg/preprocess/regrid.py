@@ -6,20 +6,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.core.grid import Grid
-from medseg.core.resample import crop, resample
-from medseg.core.volume import Volume
+from medseg.core.resample import axis_maps, crop, nearest, resample, stretch
+from medseg.core.volume import LabelMap, Volume
 from medseg.plan.plan import Configuration, Plan
-from medseg.preprocess.normalise import scalings
+from medseg.preprocess.normalise import filled, normalise, scalings
+
+Spacing = tuple[float, float, float]
+# Weights as near as this are the same.
+_ROUNDING = 1e-6
 
 
-def preprocess(volume: Volume, plan: Plan, configuration: Configuration) -> Volume:
-    """A scan as the network sees it: axes turned to run along x, y, z, empty surroundings cut away,
-    normalised, at the configuration's spacing. Float32 (C, X, Y, Z).
+def preprocess(volume: Volume, plan: Plan, configuration: Configuration, previous: LabelMap | None = None) -> Volume:
+    """A scan as the network sees it: axes turned to run along x, y, z (unless the configuration takes
+    them as stored), empty surroundings cut away, normalised, at the configuration's spacing. Float32
+    (C, X, Y, Z).
 
     Labels follow by ``resample(labels, onto=preprocess(...).grid)``, and a result goes home by
-    resampling onto the scan's own grid. Raises InputError where the channels are not the plan's.
+    resampling onto the scan's own grid. ``previous`` are the labels of the stage before, on the scan's
+    grid, where there is one. Raises InputError where the channels are not the plan's.
     """
-    box = occupied(volume)
+    box = occupied(volume, configuration.orientation)
+    if configuration.grid == "shape":
+        return _stretched(volume, box, plan, configuration, previous)
     scales = scalings(volume, plan.normalisation.value)
     return resample(
         crop(volume, box),
@@ -28,20 +36,80 @@ def preprocess(volume: Volume, plan: Plan, configuration: Configuration) -> Volu
     )
 
 
-def occupied(volume: Volume) -> Grid:
-    """The reoriented grid of the smallest box that holds every voxel which is not zero in some
-    channel; the whole grid where all are zero."""
-    turned = volume.grid.reoriented()
-    axes = volume.grid.axes
-    filled = _filled(volume)
-    start, shape = [0, 0, 0], list(turned.shape)
-    if filled[0].any():
-        for world, voxel in enumerate(axes):
-            hit = np.flatnonzero(filled[voxel])
-            forward = volume.grid.direction[world, voxel] > 0
-            first = int(hit[0]) if forward else volume.grid.shape[voxel] - 1 - int(hit[-1])
-            start[world], shape[world] = first, int(hit[-1] - hit[0] + 1)
-    return turned.window(start, (shape[0], shape[1], shape[2]))
+def _stretched(
+    volume: Volume, box: Grid, plan: Plan, configuration: Configuration, previous: LabelMap | None
+) -> Volume:
+    """The same for a configuration that rounds the number of voxels."""
+    target = target_spacing(box, configuration)
+    x, y, z = (max(round(a / b * n), 1) for a, b, n in zip(box.spacing, target, box.shape, strict=True))
+    thick = thick_axis(box.spacing, target, configuration.thick)
+    cropped = normalise(crop(volume, box), plan.normalisation.value)
+    image = stretch(cropped, box.with_shape((x, y, z)), thick=thick)
+    if previous is None:
+        return image
+    outside = ~filled(crop(volume, box))
+    more = _one_hot(resample(previous, onto=box), outside, image.grid, plan.label_set.numbers, thick)
+    return Volume(np.concatenate([image.values, more]), image.grid)
+
+
+def _one_hot(
+    labels: LabelMap, outside: NDArray[np.bool_], onto: Grid, numbers: tuple[int, ...], thick: int | None
+) -> NDArray[np.float32]:
+    """A channel (labels, X, Y, Z) for each label: 1 where it has the largest linearly interpolated
+    weight, what is ``outside`` the patient being a label of its own. A tie goes to the label of the
+    nearest voxel, if it is one of those that tie, or else to the lowest."""
+    values = np.where(outside & (labels.values == 0), -1, labels.values.astype(np.int32))
+    maps = axis_maps(labels.grid, onto)
+    if maps is None:
+        raise ValueError("the grids' axes are not parallel")
+    near = values[np.ix_(*(nearest(m.positions, n) for m, n in zip(maps, values.shape, strict=True)))]
+    winner = np.zeros(onto.shape, dtype=np.int32)
+    best, of_near = np.zeros(onto.shape, dtype=np.float32), np.zeros(onto.shape, dtype=np.float32)
+    for number in (-1, 0, *numbers):
+        weight = stretch(Volume((values == number)[None], labels.grid), onto, thick=thick, linear=True).values[0]
+        wins = weight > best + _ROUNDING
+        winner[wins], best[wins] = number, weight[wins]
+        np.copyto(of_near, weight, where=near == number)
+    np.copyto(winner, near, where=of_near >= best - _ROUNDING)
+    return np.stack([winner == number for number in numbers]).astype(np.float32)
+
+
+def target_spacing(scan: Grid, configuration: Configuration) -> Spacing:
+    """The spacing that the configuration asks for along the axes of the network's grid, of which
+    ``scan`` has the axes. In 2D, where it rounds shapes, the scan keeps its own between slices."""
+    x, y, z = configuration.spacing.value
+    if configuration.grid == "shape" and configuration.slice_axis is not None:
+        own = scan.spacing[configuration.slice_axis]
+        x, y, z = (own if axis == configuration.slice_axis else s for axis, s in enumerate((x, y, z)))
+    return x, y, z
+
+
+def home_thick(scan: Grid, configuration: Configuration) -> int | None:
+    """The axis of the network's grid along which logits go home to ``scan`` by the nearest slice."""
+    turned = scan if configuration.orientation == "stored" else scan.reoriented()
+    return thick_axis(target_spacing(turned, configuration), turned.spacing, configuration.thick)
+
+
+def thick_axis(before: Spacing, after: Spacing, limit: float | None) -> int | None:
+    """The axis along which slices are taken and not interpolated, on the way from one spacing to
+    another: that of the largest spacing before, or else after, where it is more than ``limit`` times
+    the smallest and there is no other as large."""
+    for spacing in (before, after):
+        if limit is not None and max(spacing) / min(spacing) > limit:
+            return spacing.index(max(spacing)) if spacing.count(max(spacing)) == 1 else None
+    return None
+
+
+def occupied(volume: Volume, orientation: str = "ras") -> Grid:
+    """The reoriented grid (with "stored" axes the scan's own) of the smallest box that holds every
+    voxel which is not zero in some channel; the whole grid where all are zero."""
+    box = volume.grid
+    planes = _filled(volume)
+    if planes[0].any():
+        hits = [np.flatnonzero(one) for one in planes]
+        x, y, z = (int(hit[-1] - hit[0] + 1) for hit in hits)
+        box = box.window([int(hit[0]) for hit in hits], (x, y, z))
+    return box if orientation == "stored" else box.reoriented()
 
 
 def _filled(volume: Volume) -> list[NDArray[np.bool_]]:

@@ -18,7 +18,7 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.provenance import digest, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
-from medseg.infer.engine import TorchEngine, pick_device
+from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore, StoredCase
@@ -229,9 +229,10 @@ class Batches:
 
 
 def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> float:
-    """One step in bfloat16 autocast; returns the loss."""
+    """One step, in bfloat16 autocast where the device is made for it; returns the loss."""
     network.train()
-    with torch.autocast(images.device.type, torch.bfloat16):
+    half = torch_precision(images.device) == "bf16"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
         outputs = network(images)
     loss = supervised(outputs, targets)
     optimiser.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from medseg.core.grid import Grid
 from medseg.core.labels import LabelSet
-from medseg.core.resample import axis_maps, linear_weights, resample, spline_weights
+from medseg.core.resample import axis_maps, linear_weights, resample, spline_weights, stretch
 from medseg.core.volume import LabelMap, Volume
 
 OBLIQUE = Rotation.from_euler("xyz", (12, -20, 33), degrees=True).as_matrix()
@@ -372,3 +372,34 @@ def test_resampling_warns_of_nothing() -> None:
             onto = Grid.from_spacing((4, 4, 4), 1.2, direction=turn)
             resample(Volume(noise((1, 5, 5, 5), dtype=np.int16), grid), onto)
             resample(LabelMap(np.ones((5, 5, 5), dtype=np.uint8), grid, LabelSet.from_names("a")), onto)
+
+
+# ---- stretch ------------------------------------------------------------------------------------
+
+
+def stretched(values: np.ndarray, shape: tuple[int, int, int], **how: Any) -> np.ndarray:
+    grid = Grid.from_spacing(values.shape, (1, 2, 3), (4, 5, 6))
+    return stretch(Volume(values[None], grid), grid.with_shape(shape), **how).values[0]
+
+
+@pytest.mark.parametrize("shape", [(25, 17, 12), (7, 50, 20), (13, 18, 9), (1, 36, 9)])
+@pytest.mark.parametrize("order", [1, 3])
+def test_stretching_is_resize_of_scikit_image(shape: tuple[int, int, int], order: int) -> None:
+    from skimage.transform import resize
+
+    values = np.random.default_rng(0).normal(size=(13, 18, 9)).astype(np.float32)
+    wanted = resize(values.astype(float), shape, order, mode="edge", anti_aliasing=False)
+    assert stretched(values, shape, linear=order == 1) == pytest.approx(wanted, abs=5e-6)
+
+
+@pytest.mark.parametrize("count", [3, 9, 14, 18])
+def test_thick_slices_are_taken_and_not_mixed(count: int) -> None:
+    """Each is the slice of the old image that lies nearest, ties going to the further one."""
+    from skimage.transform import resize
+
+    values = np.random.default_rng(1).normal(size=(12, 10, 9)).astype(np.float32)
+    found = stretched(values, (15, 7, count), thick=2)
+    for new in range(count):
+        old = int(np.floor(9 / count * (new + 0.5) - 0.5 + 0.5))
+        wanted = resize(values[:, :, old].astype(float), (15, 7), 3, mode="edge", anti_aliasing=False)
+        assert found[:, :, new] == pytest.approx(wanted, abs=5e-6)

@@ -149,3 +149,41 @@ def test_the_scan_itself_is_left_alone() -> None:
 def test_another_number_of_channels_is_refused(rules: tuple[Normalisation, ...]) -> None:
     with pytest.raises(InputError, match=f"the scan has 1 channels, the model takes {len(rules)}"):
         normalise(volume(np.ones(3)), rules)
+
+
+# ---- imported models ----------------------------------------------------------------------------
+
+
+def rule(kind: str) -> Normalisation:
+    return Normalisation.model_validate({"channel": "MRI", "kind": kind})
+
+
+def test_whole_zscore_counts_zeros_and_clips_nothing() -> None:
+    values = np.array([0, 0, 0, 4, 996])
+    out = one(values, rule("zscore-whole"))
+    assert out == pytest.approx((values - 200) / values.std())
+
+
+def test_masked_zscore_leaves_what_is_outside_and_fills_holes() -> None:
+    """A hollow cube: the zero in its middle is inside, those around it are not."""
+    image = np.zeros((5, 5, 5))
+    image[1:4, 1:4, 1:4] = np.arange(10, 37).reshape(3, 3, 3)
+    image[2, 2, 2] = 0
+    out = normalise(volume(image), (rule("zscore-mask"),)).values[0]
+    inside = image[1:4, 1:4, 1:4]
+    assert out[1:4, 1:4, 1:4] == pytest.approx((inside - inside.mean()) / inside.std(), abs=1e-6)
+    assert np.count_nonzero(out) == 27
+
+
+def test_unit_rgb_and_none() -> None:
+    assert one([-1, 1, 3], rule("unit")).tolist() == [0, 0.5, 1]
+    assert one([0, 51, 255], rule("rgb")) == pytest.approx([0, 0.2, 1])
+    assert one([-1, 7, 3], rule("none")).tolist() == [-1, 7, 3]
+    with pytest.raises(InputError, match="outside 0 to 255"):
+        one([0, 256, 1], rule("rgb"))
+
+
+@pytest.mark.parametrize("kind", ["zscore-whole", "zscore-mask", "unit"])
+def test_a_constant_scan_stays_finite(kind: str) -> None:
+    assert np.isfinite(one([5, 5, 5], rule(kind))).all()
+    assert np.isfinite(one([0, 0, 0], rule(kind))).all()

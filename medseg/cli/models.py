@@ -1,0 +1,155 @@
+"""``medseg models``: import, install, list, describe and pass on model packages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medseg.cli.common import FOLDER, table
+
+if TYPE_CHECKING:
+    from medseg.models.package import ModelPackage
+
+_models_dir = click.option(
+    "--models-dir", type=FOLDER, help="Where models are installed.  [default: ~/.local/share/medseg/models]"
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def models() -> None:
+    """Model packages: import one of nnU-Net's, install, list, describe, pass on.
+
+    Where a verb asks for a package it takes its folder or the name it is installed under.
+    """
+
+
+@models.command("import")
+@click.argument("source", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The package, a folder.")
+@click.option("-c", "--configuration", help="Where SOURCE holds several models: 2d, 3d_fullres, ...")
+@click.option("--fold", "folds", multiple=True, help="A fold to take; may be repeated.  [default: all]")
+def import_(source: Path, output: Path, configuration: str | None, folds: tuple[str, ...]) -> None:
+    """Make a package of a model that nnU-Net v2 trained.
+
+    SOURCE is the folder TRAINER__PLANS__CONFIGURATION with dataset.json, plans.json and fold_*, one
+    above it, or a zip that nnUNetv2_export_model_to_zip wrote. Nothing that its checkpoints name is
+    run. What would not give the labels that nnU-Net gives is refused.
+    """
+    from medseg.io.sources import unpacked
+    from medseg.models.nnunet import belongs, import_nnunet
+    from medseg.models.package import load_package, save_package
+    from medseg.models.shelf import most_unpacked
+
+    with unpacked(source, belongs, most=most_unpacked(source)) as folder:
+        package = import_nnunet(folder, configuration=configuration, folds=folds)
+    save_package(output, package)
+    _show(_facts(load_package(output), output))
+
+
+@models.command()
+@click.argument("source", type=FOLDER)
+@click.option("--name", help="The name to install it under.  [default: task and configuration]")
+@_models_dir
+def install(source: Path, name: str | None, models_dir: Path | None) -> None:
+    """Check a package, a folder or a zip, and put it where it is found by name."""
+    from medseg.models.shelf import install as put
+    from medseg.models.shelf import shelf
+
+    click.echo(f"installed: medseg predict -m {put(source, models_dir or shelf(), name).name}")
+
+
+@models.command("list")
+@_json
+@_models_dir
+def list_(as_json: bool, models_dir: Path | None) -> None:
+    """The models that are installed."""
+    from medseg.core.errors import InputError
+    from medseg.models.package import load_package
+    from medseg.models.shelf import installed, shelf
+
+    rows = []
+    for folder in installed(models_dir or shelf()):
+        try:
+            rows.append({"name": folder.name, **_facts(load_package(folder), folder)})
+        except InputError as error:
+            rows.append({"name": folder.name, "fault": str(error)})
+    if as_json:
+        click.echo(json.dumps(rows))
+    elif rows:
+        head = ["name", "model", "structures", "digest", "size (MB)"]
+        click.echo(table([head, *([str(cell) for cell in _row(row)] for row in rows)], right=(4,)))
+    else:
+        click.echo("no model is installed")
+
+
+@models.command()
+@click.argument("package", type=str)
+@_json
+@_models_dir
+def info(package: str, as_json: bool, models_dir: Path | None) -> None:
+    """What is known of PACKAGE, after all its checksums were compared."""
+    from medseg.models.package import load_package
+    from medseg.models.shelf import find_package
+
+    folder = find_package(package, models_dir)
+    facts = _facts(load_package(folder), folder)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        _show(facts)
+
+
+@models.command()
+@click.argument("package", type=str)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The zip.")
+@_models_dir
+def export(package: str, output: Path, models_dir: Path | None) -> None:
+    """Write PACKAGE as a zip, the same bytes each time, for `medseg models install`."""
+    from medseg.models.shelf import find_package, pack
+
+    pack(find_package(package, models_dir), output)
+    click.echo(output)
+
+
+def _facts(package: ModelPackage, folder: Path) -> dict[str, Any]:
+    from medseg.models.shelf import size_of
+
+    configuration = package.configuration
+    cases = len(package.trained_on) or package.provenance.get("training_cases")
+    return {
+        "model": package.name,
+        "digest": package.digest(),
+        "channels": list(package.plan.channels),
+        "structures": {str(label.number): label.name for label in package.plan.label_set},
+        "spacing_mm": [round(s, 4) for s in configuration.spacing.value],
+        "patch": list(configuration.patch.value),
+        "networks": len(package.members),
+        "family": configuration.network.value.family,
+        "training_cases": cases,
+        "origin": package.provenance.get("imported", "medseg"),
+        "engines": sorted(getattr(package, "engines", {})),
+        "checksums": "as written",
+        "bytes": size_of(folder),
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {one}" for key, one in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        click.echo(f"{name.replace('_', ' ').ljust(width)}  {'unknown' if value in (None, '') else value}")
+
+
+def _row(facts: dict[str, Any]) -> list[Any]:
+    if "fault" in facts:
+        return [facts["name"], facts["fault"], "", "", ""]
+    names = list(facts["structures"].values())
+    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [facts["name"], facts["model"], some, facts["digest"][:12], f"{facts['bytes'] / 1e6:.1f}"]
