@@ -11,7 +11,6 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
 
 from medseg.core.labels import LabelSet
 from medseg.models.calibration import Calibration, StructureCalibration
@@ -67,6 +66,8 @@ def negative_log_likelihood(logits: Float32, truth: NDArray[np.integer], tempera
 def fit_temperature(logits: Float32, truth: NDArray[np.integer]) -> float:
     """The temperature, 0.1 to 10, under which the truth is likeliest: logits (classes, n), true classes
     (n,). It changes no label (Guo et al., On Calibration of Modern Neural Networks, ICML 2017)."""
+    from scipy.optimize import minimize_scalar  # a quarter of a second, and only training needs it
+
     found = minimize_scalar(
         lambda log: negative_log_likelihood(logits, truth, float(np.exp(log))),
         bounds=(np.log(_COOLEST), np.log(_HOTTEST)),
