@@ -20,6 +20,7 @@ for round in $(seq "$rounds"); do
     $measure "$peer/bin/nnUNetv2_predict_from_modelfolder" -i "$scans" -o "$work/peer$round" -m "$trained" -f 0 \
       -device cpu --disable_tta -npp 1 -nps 1 --disable_progress_bar
   fi
-  $measure medseg predict "$scans" -m "$work/package" -o "$work/mine$round" --quality
+  $measure medseg predict "$scans" -m "$work/package" -o "$work/mine$round" --quick --overlap 0.5
+  $measure medseg predict "$scans" -m "$work/package" -o "$work/quick$round" --quick
 done
 if [ "$peer" != - ]; then python "$(dirname "$0")/same.py" "$work/peer1" "$work/mine1"; fi

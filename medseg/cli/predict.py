@@ -36,7 +36,8 @@ class Wishes:
 
     only: tuple[str, ...] = ()
     smallest_mm3: float = 0.0
-    quality: bool = False
+    quality: bool | None = None
+    overlap: float | None = None
     force: bool = False
     split: bool = False
     save_probabilities: bool = False
@@ -79,7 +80,12 @@ class Read:
 @click.option("--split", is_flag=True, help="Also write each structure as a mask of its own, in a folder.")
 @click.option("--save-probabilities", is_flag=True, help="Also write the probability of every structure.")
 @click.option("--save-uncertainty", is_flag=True, help="Also write 1 less the probability of each voxel's label.")
-@click.option("--quality", is_flag=True, help="Tiles that overlap by half, however long it takes.")
+@click.option(
+    "--quality/--quick",
+    default=None,
+    help="Half overlap and mirrored copies, or a quarter and none.  [default: quick; quality for nnU-Net's models]",
+)
+@click.option("--overlap", type=click.FloatRange(0, 0.9), help="Share of a tile that its neighbours see too.")
 @click.option(
     "--memory", type=Memory(), help="Take no more memory than this, as 4GiB.  [default: most of what is free]"
 )
@@ -141,7 +147,9 @@ def predict(
 
     package = load_package(find_package(model))
     wanted = Wishes(**wishes)
-    predictor = Predictor(package, engine, memory=memory, threads=threads)
+    predictor = Predictor(
+        package, engine, memory=memory, threads=threads, quality=wanted.quality, overlap=wanted.overlap
+    )
     if channels:
         jobs = [job_of_channels(channels, package.plan, align, output, scans or series or held_out, to)]
     else:

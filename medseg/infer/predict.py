@@ -18,7 +18,7 @@ from medseg.infer.engine import Engine, open_engine
 from medseg.infer.refine import chosen, keep_only, without_small
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.trust import Flag, Found, expected_dice, review
-from medseg.infer.window import OVERLAP, Box, sweep
+from medseg.infer.window import OVERLAP, QUICK_OVERLAP, Box, sweep
 from medseg.models.calibration import Calibration
 from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
@@ -68,9 +68,11 @@ class Prediction:
 class Predictor:
     """A model loaded once, for many scans.
 
-    ``engine`` is one of `medseg.infer.engine.ENGINES`. ``memory`` bounds, in bytes, what a prediction takes in all;
-    by default most of what is free. Raises InputError where the package's weights are not of the
-    network that its plan describes.
+    ``engine`` is one of `medseg.infer.engine.ENGINES`. ``memory`` bounds, in bytes, what a prediction
+    takes in all; by default most of what is free. With ``quality`` tiles overlap by half, and mirrored
+    copies are averaged along the axes that training mirrored: so models of nnU-Net give nnU-Net's
+    labels, and it is their default, while others are quick; ``overlap`` (0 to below 1) says otherwise.
+    Raises InputError where the package's weights are not of the network that its plan describes.
     """
 
     def __init__(
@@ -80,19 +82,25 @@ class Predictor:
         *,
         memory: int | None = None,
         threads: int | None = None,
-        overlap: float = OVERLAP,
+        quality: bool | None = None,
+        overlap: float | None = None,
         scans_held: int = 1,
     ) -> None:
         self.package = package
         self.memory = memory
         self.threads = threads or len(os.sched_getaffinity(0))
         self.digest = package.digest()
-        self.overlap = overlap
+        if quality is None:
+            quality = package.configuration.grid == "shape"
+        self.overlap = (OVERLAP if quality else QUICK_OVERLAP) if overlap is None else overlap
         self.scans_held = scans_held
-        self.engine = open_engine(package, engine, self.threads)
+        mirror = package.plan.training.augmentation.value.mirror if quality else ()
+        self.engine = open_engine(package, engine, self.threads, mirror)
         before = package.previous
         self._previous = (
-            Predictor(before, engine, memory=memory, threads=threads, overlap=overlap) if before is not None else None
+            Predictor(before, engine, memory=memory, threads=threads, quality=quality, overlap=overlap)
+            if before is not None
+            else None
         )
 
     def predict(

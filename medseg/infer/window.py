@@ -16,8 +16,9 @@ from medseg.plan.plan import Configuration
 Float32 = NDArray[np.float32]
 Box = tuple[slice, slice, slice]
 Corner = tuple[int, int, int]
-# Neighbouring tiles share this much of their length.
+# Neighbouring tiles share this much of their length: for the last thousandth of Dice, and by default.
 OVERLAP = 0.5
+QUICK_OVERLAP = 0.25
 # Small tiles run together, up to so many voxels.
 _VOXELS_AT_ONCE = 2**18
 # Finished slices go home this many at a time or more: one by one they would cost more than they hold.
