@@ -138,7 +138,7 @@ def test_a_head_may_follow_any_weighted_mean() -> None:
 
 def test_the_processors_own_precision_is_chosen() -> None:
     native = bool({"avx512_bf16", "amx_bf16"} & processor_flags())
-    assert engines._torch_precision(CPU) == ("bf16" if native else "f32")
+    assert engines.torch_precision(CPU) == ("bf16" if native else "f32")
 
 
 # ---- which engine -------------------------------------------------------------------------------

@@ -77,12 +77,25 @@ def test_a_cascade_predicts_both_its_stages(tmp_path: Path) -> None:
     save_package(tmp_path / "p", import_nnunet(HERE / "cascade" / "models", configuration="3d_cascade_fullres"))
     package = load_package(tmp_path / "p")
     scan = scan_of("cascade")
-    found = Predictor(package, "torch-cpu", threads=1).predict(scan).label_map.values
+    # Without mirroring: nnU-Net gave its second stage the plain labels of the first.
+    predictor = Predictor(package, "torch-cpu", threads=1, quality=False, overlap=0.5)
+    found = predictor.predict(scan).label_map.values
     wanted = labels_of("3d_cascade_fullres_plain", "cascade", scan, package).values
     assert np.count_nonzero(found != wanted) <= 0.01 * np.count_nonzero(wanted)
     (tmp_path / "p" / "previous" / "plan.json").write_text("{}")
     with pytest.raises(InputError, match="was changed"):
         load_package(tmp_path / "p")
+
+
+@pytest.mark.slow
+def test_predict_does_by_itself_what_nnunet_does(tmp_path: Path) -> None:
+    """Half overlap, mirrored copies, all folds."""
+    save_package(tmp_path / "p", import_nnunet(HERE / "ct" / "models"))
+    package = load_package(tmp_path / "p")
+    scan = scan_of("ct")
+    found = Predictor(package, threads=1).predict(scan).label_map.values
+    wanted = labels_of("3d_fullres_mirrored", "ct", scan, package).values
+    assert np.count_nonzero(found != wanted) <= 2e-3 * np.count_nonzero(wanted)
 
 
 def test_a_second_stage_without_its_first_is_refused(tmp_path: Path) -> None:
