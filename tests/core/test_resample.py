@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
+from medseg.core import resample as resampling
 from medseg.core.grid import Grid
 from medseg.core.labels import LabelSet
-from medseg.core.resample import axis_maps, linear_weights, resample, spline_weights, stretch
+from medseg.core.resample import axis_maps, crop, linear_weights, resample, spline_weights, stretch
 from medseg.core.volume import LabelMap, Volume
 
 OBLIQUE = Rotation.from_euler("xyz", (12, -20, 33), degrees=True).as_matrix()
@@ -403,3 +404,46 @@ def test_thick_slices_are_taken_and_not_mixed(count: int) -> None:
         old = int(np.floor(9 / count * (new + 0.5) - 0.5 + 0.5))
         wanted = resize(values[:, :, old].astype(float), (15, 7), 3, mode="edge", anti_aliasing=False)
         assert found[:, :, new] == pytest.approx(wanted, abs=5e-6)
+
+
+# ---- large scans --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_in_parts_and_whichever_axis_varies_fastest_the_same(
+    order: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside scipy's splines, values prepared before they are interpolated."""
+    monkeypatch.setattr(resampling, "_AT_ONCE", at_once)
+    grid = Grid.from_spacing((23, 90, 11), (1.0, 0.5, 3.0))
+    raw = (noise((1, *grid.shape)) * 300).astype(np.int16)
+    volume = Volume(np.asarray(raw, order=order), grid)
+    onto = grid.with_spacing((0.7, 1.1, 2.0))
+    seen: list[int] = []
+
+    def prepare(channel: int, values: np.ndarray) -> np.ndarray:
+        assert channel == 0
+        assert values.dtype == np.float32
+        seen.append(values.size)
+        return np.clip(values, -100, 200) / 50
+
+    made = resample(volume, onto, prepare=prepare)
+    assert sum(seen) == raw.size
+    assert len(seen) == (1 if at_once > 1 else max(seen) and raw.size // seen[0])
+    at = np.moveaxis(grid.to_index(onto.to_world(np.stack(np.indices(onto.shape), axis=-1))), -1, 0)
+    at = [np.clip(a, 0, n - 1) for a, n in zip(at, grid.shape, strict=True)]
+    expected = map_coordinates(np.clip(raw[0], -100, 200) / 50, at, order=3, mode="mirror", output=np.float64)
+    assert np.abs(made.values[0] - expected).max() < 3e-6 * np.abs(expected).max() + 3e-6
+
+
+def test_a_box_shares_the_volumes_memory() -> None:
+    grid = Grid.from_spacing((6, 7, 8), (1, 2, 3), direction=np.diag([-1.0, 1, -1]))
+    volume = Volume(noise((2, 6, 7, 8)), grid)
+    box = grid.reoriented().window((1, 2, 3), (4, 3, 2))
+    part = crop(volume, box)
+    assert np.shares_memory(part.values, volume.values)
+    assert np.array_equal(part.values, resample(volume, box).values)
+    for other in (grid.window((3, 3, 3), (6, 7, 8)), grid.with_spacing((1, 1, 1))):
+        with pytest.raises(ValueError, match="is no box of"):
+            crop(volume, other)
