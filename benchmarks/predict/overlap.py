@@ -31,7 +31,7 @@ def main() -> None:
         cases = [load_case(task, task.case(case)) for case in package.held_out]
         half: np.ndarray | None = None
         for overlap in OVERLAPS:
-            predictor = Predictor(package, overlap=overlap, threads=len(os.sched_getaffinity(0)))
+            predictor = Predictor(package, quality=False, overlap=overlap, threads=len(os.sched_getaffinity(0)))
             tiles = 0
 
             def count(rows: range, total: int) -> range:

@@ -36,7 +36,7 @@ class Wishes:
 
     only: tuple[str, ...] = ()
     smallest_mm3: float = 0.0
-    quality: bool | None = None
+    quality: bool = True
     overlap: float | None = None
     force: bool = False
     split: bool = False
@@ -82,8 +82,9 @@ class Read:
 @click.option("--save-uncertainty", is_flag=True, help="Also write 1 less the probability of each voxel's label.")
 @click.option(
     "--quality/--quick",
-    default=None,
-    help="Half overlap and mirrored copies, or a quarter and none.  [default: quick; quality for nnU-Net's models]",
+    default=True,
+    show_default=True,
+    help="Half overlap and the mirrored copies that training allows, or a quarter and none.",
 )
 @click.option("--overlap", type=click.FloatRange(0, 0.9), help="Share of a tile that its neighbours see too.")
 @click.option(

@@ -70,8 +70,8 @@ class Predictor:
 
     ``engine`` is one of `medseg.infer.engine.ENGINES`. ``memory`` bounds, in bytes, what a prediction
     takes in all; by default most of what is free. With ``quality`` tiles overlap by half, and mirrored
-    copies are averaged along the axes that training mirrored: so models of nnU-Net give nnU-Net's
-    labels, and it is their default, while others are quick; ``overlap`` (0 to below 1) says otherwise.
+    copies are averaged along the axes that training mirrored (so does nnU-Net); without, by a quarter
+    and none, which costs more Dice than time is worth to most; ``overlap`` (0 to below 1) says otherwise.
     Raises InputError where the package's weights are not of the network that its plan describes.
     """
 
@@ -82,7 +82,7 @@ class Predictor:
         *,
         memory: int | None = None,
         threads: int | None = None,
-        quality: bool | None = None,
+        quality: bool = True,
         overlap: float | None = None,
         scans_held: int = 1,
     ) -> None:
@@ -90,8 +90,6 @@ class Predictor:
         self.memory = memory
         self.threads = threads or len(os.sched_getaffinity(0))
         self.digest = package.digest()
-        if quality is None:
-            quality = package.configuration.grid == "shape"
         self.overlap = (OVERLAP if quality else QUICK_OVERLAP) if overlap is None else overlap
         self.scans_held = scans_held
         mirror = package.plan.training.augmentation.value.mirror if quality else ()
