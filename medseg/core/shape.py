@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from medseg.core.volume import LabelMap
 
@@ -25,6 +24,8 @@ def pieces(labels: LabelMap) -> dict[int, int]:
     one's volume whose bounding box is at least 10 mm away from that of the largest. Counted on
     every n-th voxel of grids finer than 2 mm, so a structure thinner than that may be missed.
     """
+    from scipy import ndimage  # a third of a second, for whoever only loads a model
+
     steps = [max(1, int(_STEP_MM / s)) for s in labels.grid.spacing]
     values = labels.values[tuple(slice(step // 2, None, step) for step in steps)]
     spacing = np.array(labels.grid.spacing) * steps
@@ -37,6 +38,8 @@ def pieces(labels: LabelMap) -> dict[int, int]:
 
 
 def _pieces(mask: NDArray[np.bool_], spacing: NDArray[np.float64]) -> int:
+    from scipy import ndimage
+
     parts, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
     if count == 1:
         return 1
@@ -51,6 +54,7 @@ def _pieces(mask: NDArray[np.bool_], spacing: NDArray[np.float64]) -> int:
 def cut(labels: LabelMap) -> frozenset[int]:
     """The numbers of the structures that have a voxel on a face of the grid: the scan ends before
     they do, as far as one can tell."""
-    faces = [np.take(labels.values, end, axis=axis) for axis in range(3) for end in (0, -1)]
+    # Not numpy's take, which turns a whole array whose first axis varies fastest.
+    faces = [labels.values[(slice(None),) * axis + (end,)] for axis in range(3) for end in (0, -1)]
     found = {int(number) for face in faces for number in np.unique(face)}
     return frozenset(found & set(labels.labels.numbers))
