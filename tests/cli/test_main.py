@@ -21,6 +21,7 @@ def test_the_verbs() -> None:
         "convert",
         "evaluate",
         "inspect",
+        "models",
         "phantom",
         "plan",
         "predict",
