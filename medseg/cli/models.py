@@ -131,7 +131,7 @@ def _facts(package: ModelPackage, folder: Path) -> dict[str, Any]:
         "family": configuration.network.value.family,
         "training_cases": cases,
         "origin": package.provenance.get("imported", "medseg"),
-        "engines": sorted(getattr(package, "engines", {})),
+        "engines": sorted(package.engines),
         "checksums": "as written",
         "bytes": size_of(folder),
     }

@@ -157,8 +157,7 @@ def predict(
         jobs = jobs_held_out(scans, output, package.held_out) if held_out else jobs_of(scans, output, to, series=series)
     if part:
         jobs = part.of(jobs)
-    done = [job for job in jobs if skip_done and _is_done(job, predictor.digest, wanted)]
-    left = [job for job in jobs if job not in done] if done else jobs
+    left = [job for job in jobs if not (skip_done and _is_done(job, predictor.digest, wanted))]
     predictor.scans_held = min(2, len(left))
     index = _Index(output if output and output.is_dir() else None, part)
     index.forget()
@@ -180,8 +179,8 @@ def predict(
             _show(result)
     else:
         click.echo(f"{len(results)} cases predicted into {output}")
-    if done and not as_json:
-        click.echo(f"{len(done)} of {len(jobs)} scans were done before")
+    if len(left) < len(jobs) and not as_json:
+        click.echo(f"{len(jobs) - len(left)} of {len(jobs)} scans were done before")
     if failed:
         if len(jobs) > 1:
             names = ", ".join(job.scan.name for job, _ in failed)
@@ -222,7 +221,7 @@ def _run(jobs: list[Job], predictor: Predictor, wishes: Wishes) -> Iterator[tupl
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         unwritten: list[tuple[Job, Future[dict[str, Any]]]] = []
         try:
-            for job, reading in _ahead(reader, jobs, predictor):
+            for job, reading in _ahead(reader, jobs, predictor, wishes):
                 try:
                     scan = reading.result()
                     result = _computed(job, scan, predictor, wishes, bar=len(jobs) == 1)
@@ -241,13 +240,16 @@ def _run(jobs: list[Job], predictor: Predictor, wishes: Wishes) -> Iterator[tupl
             writer.shutdown(cancel_futures=True)
 
 
-def _ahead(reader: ThreadPoolExecutor, jobs: list[Job], predictor: Predictor) -> Iterator[tuple[Job, Future[Read]]]:
+def _ahead(
+    reader: ThreadPoolExecutor, jobs: list[Job], predictor: Predictor, wishes: Wishes
+) -> Iterator[tuple[Job, Future[Read]]]:
     """Each job once its scan is read, and the reading of the next begun."""
     following: Future[Read] | None = None
     for number, job in enumerate(jobs):
-        current = following or reader.submit(_read, job, predictor, bar=len(jobs) == 1)
+        current = following or reader.submit(_read, job, predictor, wishes, bar=len(jobs) == 1)
         wait([current])
-        following = reader.submit(_read, jobs[number + 1], predictor, bar=False) if number + 1 < len(jobs) else None
+        after = jobs[number + 1] if number + 1 < len(jobs) else None
+        following = reader.submit(_read, after, predictor, wishes, bar=False) if after else None
         yield job, current
 
 
@@ -258,11 +260,13 @@ def _outcome(job: Job, writing: Future[dict[str, Any]]) -> tuple[Job, dict[str, 
         return job, error
 
 
-def _read(job: Job, predictor: Predictor, *, bar: bool) -> Read:
+def _read(job: Job, predictor: Predictor, wishes: Wishes, *, bar: bool) -> Read:
     from medseg.io.scan import read_scan
     from medseg.io.sidecar import require_own
 
-    require_own(job.output)
+    also = {"prob": wishes.save_probabilities, "uncertainty": wishes.save_uncertainty}
+    masks = (job.output.with_name(_stem(job)),) if wishes.split else ()
+    require_own(job.output, *(_beside(job, what) for what, wanted in also.items() if wanted), *masks)
     # Before the work, so that what cannot be referred to is refused at once.
     reference = None if job.to == "nifti" else reference_for(job.scan, job.series, job.to)
     with _enough_memory(job):

@@ -131,7 +131,7 @@ class Predictor:
             volume,
             self.package.plan,
             self.package.configuration_name,
-            previous=self._previous.predict(volume).label_map if self._previous else None,
+            previous=self._previous.predict(volume, force=force).label_map if self._previous else None,
             overlap=self.overlap,
             memory=self.memory,
             scans_held=self.scans_held,

@@ -19,15 +19,15 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{name}.json")
 
 
-def require_own(path: Path) -> None:
-    """InputError where a label map to be written, or its sidecar, would take the place of a file
-    that medseg did not make."""
+def require_own(path: Path, *more: Path) -> None:
+    """InputError where a label map to be written, its sidecar, or ``more`` that is written with it,
+    would take the place of something that medseg did not make. The sidecar tells."""
     side = sidecar_of(path)
     if side.exists():
         record = _read_or_none(side)
         stranger = None if isinstance(record, dict) and "model_sha256" in record else side
     else:
-        stranger = path if path.exists() else None
+        stranger = next((p for p in (path, *more) if p.exists()), None)
     if stranger:
         raise InputError(f"{stranger} is there already and was not made by medseg", "Move it, or name another with -o")
 

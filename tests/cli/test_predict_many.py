@@ -174,6 +174,23 @@ def test_masks_probabilities_and_uncertainty(made: Any, medseg: Any, scans: Path
     assert names(tmp_path) == ["a", "a.json", "a.nii.gz", "a_prob.nii.gz", "a_uncertainty.nii.gz", "scans"]
 
 
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--save-probabilities", "a_prob.nii.gz"), ("--save-uncertainty", "a_uncertainty.nii.gz"), ("--split", "a_seg")],
+)
+def test_what_someone_else_wrote_beside_the_scan_is_kept(
+    made: Any, medseg: Any, scans: Path, option: str, name: str
+) -> None:
+    (scans / name).mkdir() if option == "--split" else (scans / name).write_bytes(b"by hand")
+    command = ["predict", scans / "a.nii.gz", "-m", made.model, option, *QUICK]
+    medseg(*command).refused(f"{name} is there already and was not made by medseg")
+    assert not (scans / "a_seg.nii.gz").exists()
+    assert option == "--split" or (scans / name).read_bytes() == b"by hand"
+    (scans / name).rmdir() if option == "--split" else (scans / name).unlink()
+    assert medseg(*command).status == 0
+    assert medseg(*command).status == 0  # over its own
+
+
 def test_chosen_structures_without_crumbs(made: Any, medseg: Any, scans: Path, tmp_path: Path) -> None:
     scan, plain, some = scans / "a.nii.gz", tmp_path / "plain.nii.gz", tmp_path / "some.nii.gz"
     assert medseg("predict", scan, "-m", made.model, "-o", plain, *QUICK).status == 0
