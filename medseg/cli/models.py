@@ -59,7 +59,9 @@ def install(source: Path, name: str | None, models_dir: Path | None) -> None:
     from medseg.models.shelf import install as put
     from medseg.models.shelf import shelf
 
-    click.echo(f"installed: medseg predict -m {put(source, models_dir or shelf(), name).name}")
+    folder = put(source, models_dir or shelf(), name)
+    # By its name a model is found in the usual place alone.
+    click.echo(f"installed: medseg predict -m {folder if models_dir else folder.name}")
 
 
 @models.command("list")

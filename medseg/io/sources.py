@@ -151,7 +151,7 @@ def _members(path: Path) -> list[Source]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError):
-        raise InputError(f"{path.name} is not a sound zip", "Pack the scan again") from None
+        raise InputError(f"{path.name} is not a sound zip", "Pack it again") from None
     members = sorted((m for m in archive.infolist() if not m.is_dir()), key=lambda m: m.filename)
     for member in members:
         if fault := _fault_of(member):
