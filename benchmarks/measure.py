@@ -1,4 +1,4 @@
-"""Run a command some times; print its wall time and the peak memory of it and all its children.
+"""Run a command some times; print its wall time, its processor time and the peak memory, all children included.
 
     python benchmarks/measure.py --repeat 3 medseg check data/Task04_Hippocampus
 
@@ -7,6 +7,7 @@ share are counted for each. The command's own output goes to standard error.
 """
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,10 +32,16 @@ def tree_bytes(pid: int) -> int:
     return total
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak bytes of one run; exits where it fails."""
+def processor_seconds() -> float:
+    """Processor time of all children that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(command: list[str]) -> tuple[float, float, int]:
+    """Seconds by the clock, of the processor, and peak bytes of one run; exits where it fails."""
     peak, done = 0, threading.Event()
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), processor_seconds()
     child = subprocess.Popen(command, stdout=sys.stderr)
 
     def watch() -> None:
@@ -50,7 +57,7 @@ def run(command: list[str]) -> tuple[float, int]:
     watcher.join()
     if status:
         sys.exit(f"{' '.join(command)} ended with {status}")
-    return seconds, peak
+    return seconds, processor_seconds() - spent, peak
 
 
 def main() -> None:
@@ -60,11 +67,11 @@ def main() -> None:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     runs = [run(options.command) for _ in range(options.repeat)]
-    seconds = [s for s, _ in runs]
-    memory = max(m for _, m in runs) / 2**30
+    seconds, processor = [s for s, _, _ in runs], [p for _, p, _ in runs]
+    memory = max(m for _, _, m in runs) / 2**30
     print(
         f"| `{' '.join(options.command)}` | {options.repeat} | {min(seconds):.2f} | {statistics.median(seconds):.2f} "
-        f"| {max(seconds):.2f} | {memory:.2f} |"
+        f"| {max(seconds):.2f} | {statistics.median(processor):.2f} | {memory:.2f} |"
     )
 
 

@@ -13,8 +13,8 @@ export nnUNet_raw=$work nnUNet_preprocessed=$work nnUNet_results=$work
 trained=$(dirname "$(dirname "$(find "$model" -name checkpoint_final.pth | head -1)")")
 medseg models import "$model" -o "$work/package" >&2
 measure="python $(dirname "$0")/../measure.py --repeat 1"
-echo "| command | runs | best (s) | median (s) | worst (s) | peak (GiB) |"
-echo "| --- | ---: | ---: | ---: | ---: | ---: |"
+echo "| command | runs | best (s) | median (s) | worst (s) | processor (s) | peak (GiB) |"
+echo "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 for round in $(seq "$rounds"); do
   if [ "$peer" != - ]; then
     $measure "$peer/bin/nnUNetv2_predict_from_modelfolder" -i "$scans" -o "$work/peer$round" -m "$trained" -f 0 \

@@ -31,7 +31,7 @@ rm -rf "$nnUNet_preprocessed"/*
 "$peer/bin/nnUNetv2_plan_and_preprocess" -d 4 -c 3d_fullres -np 2 -npfp 2 --verify_dataset_integrity
 EOF
 echo "| command | runs | least (s) | median (s) | most (s) | peak memory (GiB) |"
-echo "| --- | ---: | ---: | ---: | ---: | ---: |"
+echo "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 for round in 1 2 3; do
   for one in medseg nnunet; do
     python "$here/../measure.py" bash "$work/$one.sh" 2>> "$work/$one.log" | sed "s#bash $work/$one.sh#$one, round $round#"

@@ -34,6 +34,8 @@ _PADDING = 12
 _AT_ONCE = 2**23
 
 Prepare = Callable[[int, Float32], Float32]
+PrepareOne = Callable[[Float32], Float32]
+Weights = Callable[[Float64, int], Float32]
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,13 @@ def padded_spline_weights(positions: Float64, size: int) -> Float32:
     return spline_weights(positions + _PADDING, len(edges)) @ edges
 
 
-def stretch(volume: Volume, onto: Grid, *, thick: int | None = None, linear: bool = False) -> Volume:
+def stretch(
+    volume: Volume, onto: Grid, *, thick: int | None = None, linear: bool = False, prepare: Prepare | None = None
+) -> Volume:
     """``volume`` on another grid over the same field of view, as scikit-image's ``resize`` does it:
     float32, by cubic B-splines through values that go on beyond the edges, clipped to the range of
     the values, or linearly. Along the axis ``thick`` the nearest slice is taken, each interpolated
-    and clipped by itself.
+    and clipped by itself. ``prepare`` is as for `resample`.
 
     Raises ValueError where the grids' axes are not the same.
     """
@@ -140,19 +144,47 @@ def stretch(volume: Volume, onto: Grid, *, thick: int | None = None, linear: boo
     if maps is None or any(m.source != axis for axis, m in enumerate(maps)):
         raise ValueError("the grids' axes differ")
     out = np.empty((volume.channels, *onto.shape), dtype=np.float32)
-    within = tuple(axis for axis in range(3) if axis != thick)
-    moved = tuple(m if axis != thick else None for axis, m in enumerate(maps))
     weights = linear_weights if linear else padded_spline_weights
-    for channel, one in zip(out, volume.values, strict=True):
-        values, back = one, None
-        if thick is not None:
-            used, back = np.unique(nearest(maps[thick].positions, one.shape[thick]), return_inverse=True)
-            values = np.take(one, used, axis=thick)
-        values = values.astype(np.float32, copy=False)
-        low, high = values.min(axis=within, keepdims=True), values.max(axis=within, keepdims=True)
-        values = np.clip(_apply(values, moved, weights), low, high)
-        channel[...] = values if back is None else np.take(values, back, axis=thick)
+    for number, (channel, one) in enumerate(zip(out, volume.values, strict=True)):
+        prepared = partial(prepare, number) if prepare else None
+        if thick is None:
+            _stretched(one, maps, prepared, weights, channel)
+        else:
+            _stretched_slices(one, maps, thick, prepared, weights, channel)
     return Volume(out, onto)
+
+
+def _stretched(
+    values: NDArray[Any], maps: tuple[AxisMap, ...], prepare: PrepareOne | None, weights: Weights, out: Float32
+) -> None:
+    low, high = np.float32(np.inf), np.float32(-np.inf)
+
+    def watched(part: Float32) -> Float32:
+        nonlocal low, high
+        made = prepare(part) if prepare else part
+        low, high = min(low, made.min()), max(high, made.max())
+        return made
+
+    out[...] = _in_parts(values, maps, watched, weights)
+    np.clip(out, low, high, out=out)
+
+
+def _stretched_slices(
+    values: NDArray[Any],
+    maps: tuple[AxisMap, ...],
+    thick: int,
+    prepare: PrepareOne | None,
+    weights: Weights,
+    out: Float32,
+) -> None:
+    used, back = np.unique(nearest(maps[thick].positions, values.shape[thick]), return_inverse=True)
+    slices = np.take(values, used, axis=thick).astype(np.float32, copy=False)
+    if prepare:
+        slices = prepare(slices)
+    within = tuple(axis for axis in range(3) if axis != thick)
+    low, high = slices.min(axis=within, keepdims=True), slices.max(axis=within, keepdims=True)
+    moved = tuple(m if axis != thick else None for axis, m in enumerate(maps))
+    out[...] = np.take(np.clip(_apply(slices, moved, weights), low, high), back, axis=thick)
 
 
 @overload
@@ -241,12 +273,12 @@ def _interpolate(image: Volume, maps: tuple[AxisMap, ...], onto: Grid, fill: flo
     values = image.values.transpose(0, *(1 + m.source for m in maps))
     out = np.empty((image.channels, *onto.shape), dtype=np.float32)
     for number, (channel, one) in enumerate(zip(out, values, strict=True)):
-        channel[...] = _in_parts(one, maps, prepare and partial(prepare, number))
+        channel[...] = _in_parts(one, maps, prepare and partial(prepare, number), spline_weights)
     _outside(out, maps, values.shape[1:], fill)
     return out
 
 
-def _in_parts(values: NDArray[Any], maps: tuple[AxisMap, ...], prepare: Callable[[Float32], Float32] | None) -> Float32:
+def _in_parts(values: NDArray[Any], maps: tuple[AxisMap, ...], prepare: PrepareOne | None, weights: Weights) -> Float32:
     """Values (X, Y, Z) made float32 and interpolated along two axes in parts of the third, along which
     they lie farthest apart in memory, and then along that."""
     far = int(np.argmax(np.abs(values.strides)))
@@ -260,11 +292,11 @@ def _in_parts(values: NDArray[Any], maps: tuple[AxisMap, ...], prepare: Callable
     for first in range(0, values.shape[far], step):
         where = (slice(None),) * far + (slice(first, first + step),)
         part = values[where].astype(np.float32, order="K")
-        half[where] = _apply(prepare(part) if prepare else part, near, spline_weights)
-    return _apply(half, tuple(maps[a] if a == far else None for a in range(3)), spline_weights)
+        half[where] = _apply(prepare(part) if prepare else part, near, weights)
+    return _apply(half, tuple(maps[a] if a == far else None for a in range(3)), weights)
 
 
-def _apply(values: NDArray[Any], maps: tuple[AxisMap | None, ...], weights: Any) -> NDArray[Any]:
+def _apply(values: NDArray[Any], maps: tuple[AxisMap | None, ...], weights: Weights) -> NDArray[Any]:
     """One matrix per axis, None where it stays; the axes that shrink most come first, so that the
     rest is cheap."""
     wanted = [(a, m.positions) for a, m in enumerate(maps) if m is not None]

@@ -58,8 +58,6 @@ def within(
         + voxel_bytes * math.prod(scan.shape)
         + workspace(configuration, engine.outputs)
     )
-    if configuration.grid == "shape":  # held whole as floats on its way in
-        fixed += channels * 4 * math.prod(scan.shape)
     allowed = int(_SHARE * free_memory()) if memory is None else memory
     each = 4 * (engine.outputs + 1)
     tiling = lay(image.shape, configuration, overlap, most=max(0, allowed - fixed) / each)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.core.alone import import_alone
 from medseg.core.errors import InputError, MedsegError
 from medseg.models.build import build, split_head
 from medseg.models.onnx_file import read
@@ -337,19 +338,12 @@ def import_openvino() -> Any:
     this user in the home folder, unless it finds no openvino_telemetry: then it says nothing, by its
     own design. It is made not to find it, and the converter, which nobody here needs, is passed over.
     """
-    converter = "openvino.tools.ovc"
-    fresh = "openvino" not in sys.modules
-    if fresh:
+    if "openvino" not in sys.modules:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        sys.modules.setdefault(converter, None)  # type: ignore[arg-type]
     try:
-        import openvino
+        return import_alone("openvino", "openvino.tools.ovc")
     except ImportError:
         raise InputError("OpenVINO is not installed", "Use --engine torch-cpu, or pip install openvino") from None
-    finally:
-        if fresh and sys.modules.get(converter) is None:
-            del sys.modules[converter]
-    return openvino
 
 
 def flips(mirror: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

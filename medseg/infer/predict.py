@@ -23,7 +23,7 @@ from medseg.models.calibration import Calibration
 from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Plan
-from medseg.preprocess.regrid import home_thick, preprocess
+from medseg.preprocess.regrid import home_thick, masked, network_grid, occupied, preprocess
 
 
 @dataclass(frozen=True)
@@ -210,18 +210,20 @@ def segment(
     ``temperature``; ``previous`` are the labels of the stage before, if the model is one of two.
     Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
-    prepared = preprocess(volume, plan, configuration, previous)
-    thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
+    box = occupied(volume, configuration.orientation)
+    as_floats = 4 if masked(plan) else 0
     tiling = within(
         memory,
         engine,
         configuration,
-        prepared.grid,
+        network_grid(box, configuration),
         volume.grid,
-        channels=prepared.channels,
+        channels=volume.channels + (len(plan.labels) if previous else 0),
         overlap=overlap,
-        voxel_bytes=scans_held * (volume.channels * volume.values.itemsize + 1) + 4 * probability,
+        voxel_bytes=scans_held * (volume.channels * (volume.values.itemsize + as_floats) + 1) + 4 * probability,
     )
+    prepared = preprocess(volume, plan, configuration, previous, box=box)
+    thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
     steps = iter(progress(range(tiling.tiles), tiling.tiles))
 
     def tell(count: int) -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
+from medseg.core.shape import connected
 from medseg.core.volume import LabelMap
-
-# Voxels that touch by a face, an edge or a corner belong together.
-_TOUCHING = np.ones((3, 3, 3), dtype=bool)
 
 
 def chosen(labels: LabelSet, names: Sequence[str]) -> LabelSet:
@@ -47,22 +44,12 @@ def without_small(label_map: LabelMap, smallest_mm3: float) -> tuple[LabelMap, d
     """
     if smallest_mm3 <= 0:
         return label_map, {}
-    from scipy import ndimage
-
-    fewest = smallest_mm3 / label_map.grid.voxel_volume
-    values = label_map.values
-    removed: dict[str, int] = {}
-    boxes = ndimage.find_objects(values)
-    out: NDArray[np.integer] | None = None
-    for label in label_map.labels:
-        box = boxes[label.number - 1] if label.number <= len(boxes) else None
-        if box is None:
-            continue
-        pieces, _ = ndimage.label(values[box] == label.number, _TOUCHING)
-        small = np.bincount(pieces.ravel()) < fewest
-        small[0] = False
-        if small.any():
-            out = values.copy(order="K") if out is None else out
-            out[box][small[pieces]] = 0
-            removed[label.name] = int(small.sum())
-    return (label_map if out is None else LabelMap(out, label_map.grid, label_map.labels)), removed
+    parts = connected(label_map.values)
+    small = (parts.sizes < smallest_mm3 / label_map.grid.voxel_volume) & (parts.numbers > 0)
+    if not small.any():
+        return label_map, {}
+    values = label_map.values.copy(order="K")
+    values[small[parts.index]] = 0
+    counts = np.bincount(parts.numbers[small])
+    removed = {label.name: int(counts[label.number]) for label in label_map.labels if label.number < len(counts)}
+    return LabelMap(values, label_map.grid, label_map.labels), {name: n for name, n in removed.items() if n}

@@ -12,18 +12,20 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from isal import igzip, igzip_lib
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from medseg.core.alone import import_alone
 from medseg.core.errors import InputError, MedsegError
 from medseg.core.grid import SAME_GRID_MM, Grid
 from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap, Volume
 from medseg.io.files import atomic
 
+# For DICOM headers within NIfTI ones it would take pydicom along, which takes longer than all the rest.
+nib = import_alone("nibabel", "pydicom")
+HeaderDataError = nib.spatialimages.HeaderDataError
 SUFFIXES = (".nii.gz", ".nii")
 _HEADER_BYTES = 540 + 4
 _CHUNK = 1 << 20

@@ -33,10 +33,15 @@ class Scaling:
     def __call__(self, values: NDArray[Any]) -> Float32:
         """Float32 values of any shape; an array that is float32 already is changed in place."""
         made: Float32 = values if values.dtype == np.float32 else values.astype(np.float32)
+        if self == AS_IT_IS:
+            return made
         np.clip(made, np.float32(self.low), np.float32(self.high), out=made)
         made -= np.float32(self.mean)
         made /= np.float32(self.std)
         return made
+
+
+AS_IT_IS = Scaling(-np.inf, np.inf, 0.0, 1.0)
 
 
 def normalise(volume: Volume, rules: tuple[Normalisation, ...]) -> Volume:
@@ -107,7 +112,7 @@ def _zscore(values: NDArray[Any]) -> Scaling:
     """
     inside = values[values != 0].astype(np.float32)
     if not inside.size:
-        return Scaling(-np.inf, np.inf, 0.0, 1.0)
+        return AS_IT_IS
     low, high = np.percentile(inside, (0.5, 99.5))
     inside = np.clip(inside, low, high)
     std = max(float(inside.std()), 1e-6 * max(1.0, abs(float(high))))

@@ -9,47 +9,62 @@ from medseg.core.grid import Grid
 from medseg.core.resample import axis_maps, crop, nearest, resample, stretch
 from medseg.core.volume import LabelMap, Volume
 from medseg.plan.plan import Configuration, Plan
-from medseg.preprocess.normalise import filled, normalise, scalings
+from medseg.preprocess.normalise import AS_IT_IS, filled, normalise, scalings
 
 Spacing = tuple[float, float, float]
 # Weights as near as this are the same.
 _ROUNDING = 1e-6
 
 
-def preprocess(volume: Volume, plan: Plan, configuration: Configuration, previous: LabelMap | None = None) -> Volume:
+def preprocess(
+    volume: Volume,
+    plan: Plan,
+    configuration: Configuration,
+    previous: LabelMap | None = None,
+    *,
+    box: Grid | None = None,
+) -> Volume:
     """A scan as the network sees it: axes turned to run along x, y, z (unless the configuration takes
     them as stored), empty surroundings cut away, normalised, at the configuration's spacing. Float32
-    (C, X, Y, Z).
+    (C, X, Y, Z) on the `network_grid`.
 
     Labels follow by ``resample(labels, onto=preprocess(...).grid)``, and a result goes home by
     resampling onto the scan's own grid. ``previous`` are the labels of the stage before, on the scan's
-    grid, where there is one. Raises InputError where the channels are not the plan's.
+    grid, where there is one; ``box`` what is `occupied`, where that is known. Raises InputError where
+    the channels are not the plan's.
     """
-    box = occupied(volume, configuration.orientation)
-    if configuration.grid == "shape":
-        return _stretched(volume, box, plan, configuration, previous)
-    scales = scalings(volume, plan.normalisation.value)
-    return resample(
-        crop(volume, box),
-        onto=box.with_spacing(configuration.spacing.value),
-        prepare=lambda channel, values: scales[channel](values),
-    )
+    box = box or occupied(volume, configuration.orientation)
+    onto, cropped, rules = network_grid(box, configuration), crop(volume, box), plan.normalisation.value
+    scales = scalings(cropped, rules)
+    if masked(plan):
+        cropped, scales = normalise(cropped, rules), (AS_IT_IS,) * len(rules)
 
+    def prepare(channel: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return scales[channel](values)
 
-def _stretched(
-    volume: Volume, box: Grid, plan: Plan, configuration: Configuration, previous: LabelMap | None
-) -> Volume:
-    """The same for a configuration that rounds the number of voxels."""
-    target = target_spacing(box, configuration)
-    x, y, z = (max(round(a / b * n), 1) for a, b, n in zip(box.spacing, target, box.shape, strict=True))
-    thick = thick_axis(box.spacing, target, configuration.thick)
-    cropped = normalise(crop(volume, box), plan.normalisation.value)
-    image = stretch(cropped, box.with_shape((x, y, z)), thick=thick)
+    if configuration.grid == "spacing":
+        return resample(cropped, onto, prepare=prepare)
+    thick = thick_axis(box.spacing, target_spacing(box, configuration), configuration.thick)
+    image = stretch(cropped, onto, thick=thick, prepare=prepare)
     if previous is None:
         return image
     outside = ~filled(crop(volume, box))
     more = _one_hot(resample(previous, onto=box), outside, image.grid, plan.label_set.numbers, thick)
     return Volume(np.concatenate([image.values, more]), image.grid)
+
+
+def masked(plan: Plan) -> bool:
+    """Whether the plan normalises within a mask, for which the scan is held as floats."""
+    return any(rule.kind == "zscore-mask" for rule in plan.normalisation.value)
+
+
+def network_grid(box: Grid, configuration: Configuration) -> Grid:
+    """The grid of the network's image of what is `occupied`."""
+    target = target_spacing(box, configuration)
+    if configuration.grid == "spacing":
+        return box.with_spacing(target)
+    x, y, z = (max(round(a / b * n), 1) for a, b, n in zip(box.spacing, target, box.shape, strict=True))
+    return box.with_shape((x, y, z))
 
 
 def _one_hot(

@@ -406,6 +406,18 @@ def test_thick_slices_are_taken_and_not_mixed(count: int) -> None:
         assert found[:, :, new] == pytest.approx(wanted, abs=5e-6)
 
 
+@pytest.mark.parametrize("thick", [None, 1])
+def test_stretching_what_is_prepared_on_the_way(thick: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts or whole, the same as preparing it first: clipped to the range of what was prepared."""
+    raw = np.asfortranarray((noise((23, 40, 11)) * 300).astype(np.int16))
+    first = np.clip(raw.astype(np.float32), -9000, 20000) / 500
+    monkeypatch.setattr(resampling, "_AT_ONCE", 1)
+    made = stretched(raw, (30, 31, 14), thick=thick, prepare=lambda _, values: np.clip(values, -9000, 20000) / 500)
+    monkeypatch.undo()
+    assert made == pytest.approx(stretched(first, (30, 31, 14), thick=thick), abs=5e-5)
+    assert (made.min(), made.max()) == (first.min(), first.max())
+
+
 # ---- large scans --------------------------------------------------------------------------------
 
 
