@@ -224,7 +224,8 @@ def test_several_members_are_their_average(small_plan: Any) -> None:
     networks = [Predictor(p, "torch-cpu").engine._networks[0] for p in (one, two)]
     engine = TorchEngine(networks, plan.configuration("3d"), 3, CPU)
     labels = segment(engine, volume, plan, "3d").label_map
-    assert np.array_equal(Predictor(both, "torch-cpu", quality=True).predict(volume).label_map.values, labels.values)
+    predictor = Predictor(both, "torch-cpu", thoroughness="quality")
+    assert np.array_equal(predictor.predict(volume).label_map.values, labels.values)
     twice = ModelPackage(plan, "3d", one.members * 2, ("a",), ("b",), {})
     alone = Predictor(one, "torch-cpu").predict(volume).label_map.values
     assert np.array_equal(Predictor(twice, "torch-cpu").predict(volume).label_map.values, alone)
