@@ -205,7 +205,7 @@ def test_tiles_far_from_anything_are_left_out_unless_quality_is_wanted(small_pla
         patch=(16, 16, 1) if flat else (16, 16, 16),
         spacing=(1, 1, 1),
     )
-    volume, truth = two_balls(Grid.from_spacing((60, 56, 40), 1.0), noise=3)
+    volume, truth = two_balls(Grid.from_spacing((90, 80, 40), 1.0), noise=3)
     made, told = {}, {}
     for thoroughness in ("quality", "normal", "quick"):
         predictor = Predictor(untrained(plan, f"{dimensions}d"), "torch-cpu", thoroughness=thoroughness)
@@ -223,9 +223,9 @@ def test_tiles_far_from_anything_are_left_out_unless_quality_is_wanted(small_pla
     assert np.array_equal(made["quick"], made["quality"])
     # What was foretold is the layout's tiles, and those of the scouting.
     depth = (40, 40) if flat else (4, 3)
-    assert told["quality"] == (7 * 6 * depth[0],) * 2
-    assert told["normal"][0] == 7 * 6 * depth[0] + 4 * 4 * depth[1]
-    assert told["normal"][1] < told["quality"][1]
+    assert told["quality"] == (11 * 9 * depth[0],) * 2
+    assert told["normal"][0] == 11 * 9 * depth[0] + 6 * 5 * depth[1]
+    assert told["normal"][1] < 0.7 * told["quality"][1]
 
 
 class Counting(TorchEngine):
@@ -252,12 +252,12 @@ def test_regions_are_scouted_for(small_plan: Any) -> None:
     plan = small_plan(labels=LABELS, spacing=(1, 1, 1)).model_copy(
         update={"regions": tuple(Region(**region) for region in regions)}
     )
-    volume, truth = two_balls(Grid.from_spacing((60, 56, 40), 1.0), noise=3)
+    volume, truth = two_balls(Grid.from_spacing((90, 80, 40), 1.0), noise=3)
     tiles: list[int] = []
     engine = Counting([Regions()], plan.configuration("3d"), 2, CPU, tiles=tiles)
     made = segment(engine, volume, plan, "3d", scouted=True)
     assert np.array_equal(made.label_map.values, np.array([0, 3, 300])[truth])
-    assert sum(tiles) < 7 * 6 * 4
+    assert sum(tiles) < 0.7 * 11 * 9 * 4
 
 
 def test_the_same_scan_gives_the_same_answer(small_plan: Any) -> None:
