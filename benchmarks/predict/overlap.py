@@ -6,7 +6,7 @@ For each run's fold 0 in 3D, each overlap, and each probability from which scout
 run (scouting's too), processor seconds, mean Dice over cases and structures, and the largest loss of a
 structure's mean Dice against every tile of half overlap. With --wide the scans see twice as far in every
 direction: phantoms are made anew so, others get the mean of their border around them and NOISE times its
-deviation; 6 cases at most.
+deviation; 4 cases at most.
 """
 
 import os
@@ -69,7 +69,7 @@ def widened(
 def cases_of(run: Path, package: ModelPackage, wide: float | None) -> list[tuple[Volume, LabelMap]]:
     folder = Path(read_json(run / "run.json")["task"])
     task = load_task(folder)
-    names = package.held_out[:6] if wide else package.held_out
+    names = package.held_out[:4] if wide else package.held_out
     cases = [load_case(task, task.case(name)) for name in names]
     if not wide:
         return cases
