@@ -24,7 +24,7 @@ from medseg.core.progress import silent
 
 if TYPE_CHECKING:
     from medseg.core.volume import LabelMap, Volume
-    from medseg.infer.predict import Prediction, Predictor
+    from medseg.infer.predict import Prediction, Predictor, Thoroughness
     from medseg.io.reference import Reference
 
 _SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory")
@@ -36,7 +36,7 @@ class Wishes:
 
     only: tuple[str, ...] = ()
     smallest_mm3: float = 0.0
-    quality: bool = True
+    thoroughness: Thoroughness = "normal"
     overlap: float | None = None
     force: bool = False
     split: bool = False
@@ -81,10 +81,14 @@ class Read:
 @click.option("--save-probabilities", is_flag=True, help="Also write the probability of every structure.")
 @click.option("--save-uncertainty", is_flag=True, help="Also write 1 less the probability of each voxel's label.")
 @click.option(
-    "--quality/--quick",
-    default=True,
-    show_default=True,
-    help="Half overlap and the mirrored copies that training allows, or a quarter and none.",
+    "--quality",
+    "thoroughness",
+    flag_value="quality",
+    default="normal",
+    help="Run every tile, also where a first look finds nothing.",
+)
+@click.option(
+    "--quick", "thoroughness", flag_value="quick", help="Tiles overlap by a quarter, not half; no mirrored copies."
 )
 @click.option("--overlap", type=click.FloatRange(0, 0.9), help="Share of a tile that its neighbours see too.")
 @click.option(
@@ -149,7 +153,7 @@ def predict(
     package = load_package(find_package(model))
     wanted = Wishes(**wishes)
     predictor = Predictor(
-        package, engine, memory=memory, threads=threads, quality=wanted.quality, overlap=wanted.overlap
+        package, engine, memory=memory, threads=threads, thoroughness=wanted.thoroughness, overlap=wanted.overlap
     )
     if channels:
         jobs = [job_of_channels(channels, package.plan, align, output, scans or series or held_out, to)]

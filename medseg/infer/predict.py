@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from medseg.core.volume import LabelMap, Volume
 from medseg.infer.budget import within
 from medseg.infer.engine import Engine, open_engine
 from medseg.infer.refine import chosen, keep_only, without_small
+from medseg.infer.scout import scout, scouting
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.trust import Flag, Found, expected_dice, review
 from medseg.infer.window import OVERLAP, QUICK_OVERLAP, Box, sweep
@@ -24,6 +26,8 @@ from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Plan
 from medseg.preprocess.regrid import home_thick, masked, network_grid, occupied, preprocess
+
+Thoroughness = Literal["quick", "normal", "quality"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,11 @@ class Predictor:
     """A model loaded once, for many scans.
 
     ``engine`` is one of `medseg.infer.engine.ENGINES`. ``memory`` bounds, in bytes, what a prediction
-    takes in all; by default most of what is free. With ``quality`` tiles overlap by half, and mirrored
-    copies are averaged along the axes that training mirrored (so does nnU-Net); without, by a quarter
-    and none, which costs more Dice than time is worth to most; ``overlap`` (0 to below 1) says otherwise.
+    takes in all; by default most of what is free. Tiles overlap by half, and mirrored copies are averaged
+    along the axes that training mirrored (so does nnU-Net). With a ``thoroughness`` of "quality" every
+    tile is run, else only those near to what a pass without overlap suspects (`medseg.infer.scout`);
+    with "quick" tiles overlap by a quarter and there are no mirrored copies, which costs more Dice than
+    time is worth to most. ``overlap`` (0 to below 1) says otherwise.
     Raises InputError where the package's weights are not of the network that its plan describes.
     """
 
@@ -82,7 +88,7 @@ class Predictor:
         *,
         memory: int | None = None,
         threads: int | None = None,
-        quality: bool = True,
+        thoroughness: Thoroughness = "normal",
         overlap: float | None = None,
         scans_held: int = 1,
     ) -> None:
@@ -90,13 +96,15 @@ class Predictor:
         self.memory = memory
         self.threads = threads or len(os.sched_getaffinity(0))
         self.digest = package.digest()
-        self.overlap = (OVERLAP if quality else QUICK_OVERLAP) if overlap is None else overlap
+        self.scouted = thoroughness != "quality"
+        quick = thoroughness == "quick"
+        self.overlap = (QUICK_OVERLAP if quick else OVERLAP) if overlap is None else overlap
         self.scans_held = scans_held
-        mirror = package.plan.training.augmentation.value.mirror if quality else ()
+        mirror = package.plan.training.augmentation.value.mirror if not quick else ()
         self.engine = open_engine(package, engine, self.threads, mirror)
         before = package.previous
         self._previous = (
-            Predictor(before, engine, memory=memory, threads=threads, quality=quality, overlap=overlap)
+            Predictor(before, engine, memory=memory, threads=threads, thoroughness=thoroughness, overlap=overlap)
             if before is not None
             else None
         )
@@ -133,6 +141,7 @@ class Predictor:
             self.package.configuration_name,
             previous=self._previous.predict(volume, force=force).label_map if self._previous else None,
             overlap=self.overlap,
+            scouted=self.scouted,
             memory=self.memory,
             scans_held=self.scans_held,
             probability=probability,
@@ -198,6 +207,7 @@ def segment(
     *,
     previous: LabelMap | None = None,
     overlap: float = OVERLAP,
+    scouted: bool = False,
     memory: int | None = None,
     scans_held: int = 1,
     probability: bool = False,
@@ -207,7 +217,8 @@ def segment(
     temperature: float = 1.0,
 ) -> Segmentation:
     """Labels of a scan on its own grid, the probabilities being those of the logits divided by
-    ``temperature``; ``previous`` are the labels of the stage before, if the model is one of two.
+    ``temperature``; ``previous`` are the labels of the stage before, if the model is one of two. Where
+    ``scouted``, tiles far from anything that a first pass suspects are left out, if that pays.
     Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
     box = occupied(volume, configuration.orientation)
@@ -224,26 +235,32 @@ def segment(
     )
     prepared = preprocess(volume, plan, configuration, previous, box=box)
     thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
-    steps = iter(progress(range(tiling.tiles), tiling.tiles))
+    sparse = scouting(tiling, configuration) if scouted else None
+    total = len(tiling.tiles) + (len(sparse.tiles) if sparse else 0)
+    steps = iter(progress(range(total), total))
 
     def tell(count: int) -> None:
         for _ in range(count):
             next(steps, None)
 
     numbers = np.array([0, *plan.label_set.numbers])
+    decision = Decision(len(numbers), plan.painted, temperature, engine.head)
+    # An imported model gets every tile, as where it comes from, and weighs them as there.
+    wanted = None if imported else _seen(prepared.values)
+    if sparse:
+        wanted = scout(engine, prepared.values, sparse, tiling, decision, seen=wanted, tell=tell)
     home = bring_home(
         sweep(
             engine,
             prepared.values,
             tiling,
-            # An imported model gets every tile, as where it comes from, and weighs them as there.
-            wanted=None if imported else _seen(prepared.values),
+            wanted=wanted,
             tell=tell,
             lopsided=imported,
         ),
         prepared.grid,
         volume.grid,
-        Decision(len(numbers), plan.painted, temperature, engine.head),
+        decision,
         nearest=() if thick is None else (thick,),
         probability=probability,
         keep=keep,

@@ -3,6 +3,7 @@ ever exists."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -76,6 +77,14 @@ class Decision:
             left *= 1 - share
         shares[0] = left
         return shares
+
+    def suspected(self, logits: Float32, least: float) -> NDArray[np.bool_]:
+        """Where (...) the odds of any structure, against the background, are above those of a
+        probability of ``least``: so they are wherever it has that probability, and to see it takes no
+        exponentials."""
+        odds = logits.max(axis=0) if self.regions is not None else logits[1:].max(axis=0) - logits[0]
+        found: NDArray[np.bool_] = odds > self.temperature * math.log(least / (1 - least))
+        return found
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -238,13 +247,14 @@ class _Settled:
     def planes(self) -> list[slice]:
         """Parts of the slab's first axis, for `decide`."""
         length, y, z = self.slab.values.shape[1:]
-        return _parts(length, y * z * self._numbers)
+        return planes_at_once(length, y * z * self._numbers)
 
     def rows(self) -> list[slice]:
         """Parts of the scan's voxels along the slab's first axis, for `land`."""
         x, y, z = (o.stop - o.start for o in self._own)
         return [
-            slice(p.start + self._own[0].start, p.stop + self._own[0].start) for p in _parts(x, y * z * self._numbers)
+            slice(p.start + self._own[0].start, p.stop + self._own[0].start)
+            for p in planes_at_once(x, y * z * self._numbers)
         ]
 
     @property
@@ -333,8 +343,8 @@ def _of(winner: NDArray[Any], shares: Float32) -> Float32:
     return picked
 
 
-def _parts(length: int, numbers: int) -> list[slice]:
-    """Parts of an axis whose planes hold so many numbers each."""
+def planes_at_once(length: int, numbers: int) -> list[slice]:
+    """Parts of an axis, to be treated one at a time, whose planes hold so many ``numbers`` each."""
     step = max(1, _AT_ONCE // max(1, numbers))
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -16,6 +16,8 @@ from medseg.plan.plan import Configuration
 Float32 = NDArray[np.float32]
 Box = tuple[slice, slice, slice]
 Corner = tuple[int, int, int]
+# Is told how many tiles more are done with.
+Tell = Callable[[int], None]
 # Neighbouring tiles share this much of their length, and where quickness counts for more. With a quarter
 # Task04 in small tiles loses 0.003 Dice, phantoms up to 0.05 (benchmarks/predict/README.md).
 OVERLAP = 0.5
@@ -38,6 +40,14 @@ class Slab:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """One tile: its first voxel, which may lie before the image, and what of it lies within."""
+
+    corner: Corner
+    box: Box
+
+
+@dataclass(frozen=True)
 class Tiling:
     """Where tiles lie on a grid of ``shape`` voxels: ``starts`` on each axis, below zero where the
     grid is shorter than the ``patch``. They run from one end of ``axis`` to the other. ``bands``
@@ -52,9 +62,9 @@ class Tiling:
     bands: tuple[tuple[int, int], ...]
 
     @property
-    def tiles(self) -> int:
-        """How many tiles run in all, unless some are skipped."""
-        return sum(len(_corners(self, band)) for band in self.bands)
+    def tiles(self) -> list[Tile]:
+        """All that run, unless some are skipped; those on the borders of bands as often as they do."""
+        return [tile for band in self.bands for tile in _band_tiles(self, band)]
 
     @property
     def held(self) -> int:
@@ -104,7 +114,7 @@ def lay(
     choices = [_banded(t, count) for t in same for count in range(2, len(t.starts[t.across]) + 1)]
     fitting = [t for t in choices if t.held <= most]
     if fitting:
-        return min(fitting, key=lambda t: (t.tiles, t.held))
+        return min(fitting, key=lambda t: (len(t.tiles), t.held))
     return min([best, *choices], key=lambda t: t.held)
 
 
@@ -149,7 +159,7 @@ def sweep(
     tiling: Tiling,
     *,
     wanted: Callable[[Box], bool] | None = None,
-    tell: Callable[[int], None] = lambda count: None,
+    tell: Tell = lambda count: None,
     lopsided: bool = False,
 ) -> Iterator[Slab]:
     """Logits of an image (C, X, Y, Z) on the network's grid, weighted by `gaussian` and averaged over
@@ -159,21 +169,27 @@ def sweep(
     not run. ``tell`` is told how many tiles more are done with. A slab's values are the caller's.
     """
     weight = engine.array(gaussian(tiling.patch, lopsided=lopsided))
-    size = max(1, _VOXELS_AT_ONCE // int(np.prod(tiling.patch)))
     for band in tiling.bands:
         parts = _Parts(engine, tiling, band)
-        for number, corners in enumerate(parts.groups(_corners(tiling, band))):
-            boxes = [(corner, _clipped(corner, tiling)) for corner in corners]
-            chosen = [(corner, box) for corner, box in boxes if wanted is None or wanted(box)]
-            tell(len(boxes) - len(chosen))
-            for first in range(0, len(chosen), size):
-                batch = chosen[first : first + size]
-                logits = engine.run(np.stack([_cut(image, corner, tiling.patch) for corner, _ in batch]))
-                for (corner, box), one in zip(batch, logits, strict=True):
-                    parts.add(one, weight, corner, box)
-                tell(len(batch))
-                del logits, one  # not while the slab goes home
+        for number, tiles in enumerate(parts.groups(_band_tiles(tiling, band))):
+            chosen = [tile for tile in tiles if wanted is None or wanted(tile.box)]
+            tell(len(tiles) - len(chosen))
+            for tile, logits in run_tiles(engine, image, tiling.patch, chosen, tell):
+                parts.add(logits, weight, tile)
+                del logits  # not while the slab goes home
             yield parts.finish(number)
+
+
+def run_tiles(
+    engine: Engine, image: Float32, patch: tuple[int, int, int], tiles: Sequence[Tile], tell: Tell
+) -> Iterator[tuple[Tile, Array]]:
+    """Tiles of an image (C, X, Y, Z), each with its logits (outputs, *patch). What lies beyond the
+    image is zero."""
+    size = max(1, _VOXELS_AT_ONCE // int(np.prod(patch)))
+    for first in range(0, len(tiles), size):
+        batch = tiles[first : first + size]
+        yield from zip(batch, engine.run(np.stack([_cut(image, tile.corner, patch) for tile in batch])), strict=True)
+        tell(len(batch))
 
 
 class _Parts:
@@ -188,8 +204,9 @@ class _Parts:
         # One voxel more than the band, so that nothing between two bands is left out.
         self._band = slice(band[0], min(band[1] + 1, tiling.shape[tiling.across]))
 
-    def add(self, logits: Array, weight: Array, corner: Corner, box: Box) -> None:
+    def add(self, logits: Array, weight: Array, tile: Tile) -> None:
         """Add a tile's logits (outputs, *patch)."""
+        corner, box = tile.corner, tile.box
         axis, across = self._tiling.axis, self._tiling.across
         for number in range(len(self._edges)):
             where = list(box)
@@ -216,11 +233,10 @@ class _Parts:
             self._sums[number] = self._engine.zeros((self._engine.outputs, *shape)), self._engine.zeros(tuple(shape))
         return self._sums[number]
 
-    def groups(self, corners: list[Corner]) -> list[list[Corner]]:
+    def groups(self, tiles: list[Tile]) -> list[list[Tile]]:
         """The tiles that begin in each part: once they have run, no other touches it."""
         axis = self._tiling.axis
-        first = [max(0, corner[axis]) for corner in corners]
-        return [[c for c, f in zip(corners, first, strict=True) if a <= f < b] for a, b in self._edges]
+        return [[tile for tile in tiles if a <= tile.box[axis].start < b] for a, b in self._edges]
 
     def finish(self, number: int) -> Slab:
         """Part ``number``, which comes after the one before it, and is let go of."""
@@ -266,12 +282,13 @@ def _edges(starts: tuple[int, ...], size: int) -> list[tuple[int, int]]:
     return list(zip(edges, [*edges[1:], size], strict=True))
 
 
-def _corners(tiling: Tiling, band: tuple[int, int]) -> list[Corner]:
-    """First voxels of all tiles that touch a band and the voxel after it, along the axis."""
+def _band_tiles(tiling: Tiling, band: tuple[int, int]) -> list[Tile]:
+    """All tiles that touch a band and the voxel after it, along the axis."""
     stop = min(band[1] + 1, tiling.shape[tiling.across])
     starts = [list(s) for s in tiling.starts]
     starts[tiling.across] = [s for s in starts[tiling.across] if s < stop and s + tiling.patch[tiling.across] > band[0]]
-    return sorted(product(starts[0], starts[1], starts[2]), key=lambda c: (c[tiling.axis], c))
+    corners = sorted(product(starts[0], starts[1], starts[2]), key=lambda c: (c[tiling.axis], c))
+    return [Tile(corner, _clipped(corner, tiling)) for corner in corners]
 
 
 def _clipped(corner: Corner, tiling: Tiling) -> Box:

@@ -17,6 +17,7 @@ from medseg.infer.predict import Predictor, describe, predict, segment
 from medseg.infer.stream import Tally
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
+from medseg.plan.plan import Region
 
 CPU = torch.device("cpu")
 OBLIQUE = Rotation.from_euler("xyz", (12, -20, 33), degrees=True).as_matrix()
@@ -194,6 +195,71 @@ def untrained(plan: Any, configuration: str = "3d", members: int = 1, seed: int 
     return ModelPackage(plan, configuration, weights, ("a",), ("b",), {})
 
 
+@pytest.mark.parametrize("dimensions", [3, 2])
+def test_tiles_far_from_anything_are_left_out_unless_quality_is_wanted(small_plan: Any, dimensions: int) -> None:
+    flat = dimensions == 2
+    plan = small_plan(
+        labels=LABELS,
+        dimensions=dimensions,
+        slice_axis=2 if flat else None,
+        patch=(16, 16, 1) if flat else (16, 16, 16),
+        spacing=(1, 1, 1),
+    )
+    volume, truth = two_balls(Grid.from_spacing((90, 80, 40), 1.0), noise=3)
+    made, told = {}, {}
+    for thoroughness in ("quality", "normal", "quick"):
+        predictor = Predictor(untrained(plan, f"{dimensions}d"), "torch-cpu", thoroughness=thoroughness)
+        tiles: list[int] = []
+        predictor.engine = Counting([ByIntensity()], plan.configuration(f"{dimensions}d"), 3, CPU, tiles=tiles)
+
+        def watch(rows: Any, total: int, name: str = thoroughness) -> Any:
+            told[name] = total
+            return rows
+
+        made[thoroughness] = predictor.predict(volume, progress=watch).label_map.values
+        told[thoroughness] = (told[thoroughness], sum(tiles))
+    assert np.array_equal(made["quality"], np.array([0, 3, 300])[truth])
+    assert np.array_equal(made["normal"], made["quality"])
+    assert np.array_equal(made["quick"], made["quality"])
+    # What was foretold is the layout's tiles, and those of the scouting.
+    depth = (40, 40) if flat else (4, 3)
+    assert told["quality"] == (11 * 9 * depth[0],) * 2
+    assert told["normal"][0] == 11 * 9 * depth[0] + 6 * 5 * depth[1]
+    assert told["normal"][1] < 0.7 * told["quality"][1]
+
+
+class Counting(TorchEngine):
+    """Counts the tiles that it runs."""
+
+    def __init__(self, *details: Any, tiles: list[int]) -> None:
+        super().__init__(*details)
+        self.tiles = tiles
+
+    def run(self, tiles: np.ndarray) -> torch.Tensor:
+        self.tiles.append(len(tiles))
+        return super().run(tiles)
+
+
+def test_regions_are_scouted_for(small_plan: Any) -> None:
+    class Regions(nn.Module):
+        """Two nested regions: brighter than 50, and brighter than 150."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            value = x[:, :1] * 50 + 50
+            return torch.cat([(value - level) / 4 for level in (50.0, 150.0)], dim=1)
+
+    regions = [{"name": "both", "labels": [3, 300], "number": 3}, {"name": "bright", "labels": [300], "number": 300}]
+    plan = small_plan(labels=LABELS, spacing=(1, 1, 1)).model_copy(
+        update={"regions": tuple(Region(**region) for region in regions)}
+    )
+    volume, truth = two_balls(Grid.from_spacing((90, 80, 40), 1.0), noise=3)
+    tiles: list[int] = []
+    engine = Counting([Regions()], plan.configuration("3d"), 2, CPU, tiles=tiles)
+    made = segment(engine, volume, plan, "3d", scouted=True)
+    assert np.array_equal(made.label_map.values, np.array([0, 3, 300])[truth])
+    assert sum(tiles) < 0.7 * 11 * 9 * 4
+
+
 def test_the_same_scan_gives_the_same_answer(small_plan: Any) -> None:
     volume, _ = two_balls(grid_about((1, 1, 2), np.eye(3)), noise=30)
     package = untrained(small_plan(labels=LABELS), members=2)
@@ -224,7 +290,8 @@ def test_several_members_are_their_average(small_plan: Any) -> None:
     networks = [Predictor(p, "torch-cpu").engine._networks[0] for p in (one, two)]
     engine = TorchEngine(networks, plan.configuration("3d"), 3, CPU)
     labels = segment(engine, volume, plan, "3d").label_map
-    assert np.array_equal(Predictor(both, "torch-cpu", quality=True).predict(volume).label_map.values, labels.values)
+    predictor = Predictor(both, "torch-cpu", thoroughness="quality")
+    assert np.array_equal(predictor.predict(volume).label_map.values, labels.values)
     twice = ModelPackage(plan, "3d", one.members * 2, ("a",), ("b",), {})
     alone = Predictor(one, "torch-cpu").predict(volume).label_map.values
     assert np.array_equal(Predictor(twice, "torch-cpu").predict(volume).label_map.values, alone)

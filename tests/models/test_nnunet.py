@@ -78,7 +78,7 @@ def test_a_cascade_predicts_both_its_stages(tmp_path: Path) -> None:
     package = load_package(tmp_path / "p")
     scan = scan_of("cascade")
     # Without mirroring: nnU-Net gave its second stage the plain labels of the first.
-    predictor = Predictor(package, "torch-cpu", threads=1, quality=False, overlap=0.5)
+    predictor = Predictor(package, "torch-cpu", threads=1, thoroughness="quick", overlap=0.5)
     found = predictor.predict(scan).label_map.values
     wanted = labels_of("3d_cascade_fullres_plain", "cascade", scan, package).values
     assert np.count_nonzero(found != wanted) <= 0.01 * np.count_nonzero(wanted)
