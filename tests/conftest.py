@@ -108,6 +108,7 @@ def small_plan(
     channels: Sequence[str] = ("CT",),
     labels: dict[int, str] | None = None,
     batch: int = 2,
+    steps: int | None = 5,
     steps_per_epoch: int = 5,
     **training: Any,
 ) -> Any:
@@ -137,6 +138,7 @@ def small_plan(
                 "spacing": {"value": list(spacing)},
                 "patch": {"value": list(patch)},
                 "batch": {"value": batch},
+                **({"steps": {"value": steps}} if steps else {}),
                 "network": {
                     "value": {
                         "features": list(features),

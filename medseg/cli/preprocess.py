@@ -51,5 +51,5 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
     with ThreadPoolExecutor(threads or available_cores()) as pool:
         for _ in progress("preprocess")(pool.map(one, task.cases), len(task.cases)):
             pass
-    store.finish(tuple(case.id for case in task.cases), plan.digest(), configuration)
+    store.finish(tuple(case.id for case in task.cases), plan.preparation(configuration), configuration)
     click.echo(f"{len(task.cases)} cases in {store.folder}")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +15,6 @@ import click
 
 from medseg.cli.common import (
     FOLDER,
-    Duration,
     RunFolder,
     configuration_option,
     device_option,
@@ -30,9 +34,8 @@ _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 @click.argument("run", type=FOLDER)
 @configuration_option
 @click.option("--fold", type=click.IntRange(min=0), default=0, show_default=True, help="Fold of folds.json.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Stop after so many epochs.  [default: the plan's]")
-@click.option("--budget", type=Duration(), help="Stop after so much time (90s, 15m, 2h), the schedule fitted to it.")
 @click.option("--checkpoints", type=FOLDER, help="Folder for checkpoints and logs.  [default: RUN/checkpoints]")
+@click.option("--deterministic", is_flag=True, help="On a GPU too the same weights every time, bit for bit; slower.")
 @seed_option
 @device_option
 @threads_option
@@ -40,19 +43,21 @@ def train(
     run: Path,
     configuration: str,
     fold: int,
-    epochs: int | None,
-    budget: float | None,
     checkpoints: Path | None,
+    deterministic: bool,
     seed: int,
     device: str,
     threads: int | None,
 ) -> None:
     """Train one fold of RUN; the model goes to RUN/CONFIGURATION/foldN/model.
 
-    A run that was interrupted goes on from its last checkpoint when it is started again.
+    The plan says how many steps it takes. A run that was stopped or killed goes on from its last
+    checkpoint when it is started again, and ends with the same weights. SIGTERM, SIGUSR1 and ctrl-C
+    write a checkpoint first; the exit status is then 75, "try again". With several GPUs:
+    torchrun --nproc-per-node 4 -m medseg train RUN
     """
-    if epochs and budget:
-        raise click.UsageError("give --epochs or --budget, not both")
+    if deterministic:  # read by CUDA's library of matrices when it is loaded
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cores = use_cores(threads)
     from tqdm import tqdm
 
@@ -69,6 +74,7 @@ def train(
     from medseg.train.calibrate import calibration_of
     from medseg.train.loop import Progress, Setup
     from medseg.train.loop import train as train_network
+    from medseg.train.ranks import Ranks
 
     folder = RunFolder(run)
     task, plan = folder.task(), folder.plan()
@@ -79,9 +85,11 @@ def train(
     plan.configuration(configuration)
     trained = experience(folder.fingerprint(), chosen.train, plan.label_set)
     store = CaseStore(folder.store(configuration))
-    store.require(plan.digest(), configuration)
+    store.require(plan.preparation(configuration), configuration)
     output = folder.fold(configuration, fold)
-    new_folder(output / "model", holds=INDEX)
+    ranks = Ranks.of_torchrun()
+    if ranks.first:
+        new_folder(output / "model", holds=INDEX)
     setup = Setup(
         configuration=configuration,
         fold=fold,
@@ -90,12 +98,13 @@ def train(
         seed=seed,
         device=device,
         threads=cores,
-        epochs=epochs,
-        budget_seconds=budget,
+        deterministic=deterministic,
     )
     watched = chosen.validation[:: max(1, -(-len(chosen.validation) // _VALIDATED))]
     validation = [(case, *load_case(task, task.case(case))) for case in watched]
-    with tqdm(desc=f"train {configuration} fold {fold}", disable=not sys.stderr.isatty(), unit="step") as bar:
+    log = RunLog(checkpoints or folder.checkpoints(configuration, fold))
+    quiet = not ranks.first or not sys.stderr.isatty()
+    with _asked() as asked, tqdm(desc=f"train {configuration} fold {fold}", disable=quiet, unit="step") as bar:
 
         def show(now: Progress) -> None:
             bar.total = now.steps
@@ -103,14 +112,10 @@ def train(
             bar.set_postfix(loss=f"{now.loss:.3f}", dice="-" if now.dice is None else f"{now.dice:.3f}", refresh=False)
 
         package, records = train_network(
-            plan,
-            setup,
-            store,
-            RunLog(checkpoints or folder.checkpoints(configuration, fold)),
-            validation=validation,
-            progress=show,
+            plan, setup, store, log, validation=validation, progress=show, stop=asked.is_set, ranks=ranks
         )
-    length = f"--epochs {epochs}" if epochs else f"--budget {budget:g}s" if budget else ""
+    if not ranks.first:
+        return
     calibration = calibration_of(
         package,
         lambda case: load_case(task, task.case(case)),
@@ -122,9 +127,7 @@ def train(
     images = {case: preprocess(volume, plan, saved.configuration).values for case, volume, _ in validation[:_COMPARED]}
     engines = measure(saved, images, cores)
     record_engines(output / "model", engines)
-    write_json(
-        output / "log.json", {"format": 1, "options": f"{length} --seed {seed}".strip(), "records": list(records)}
-    )
+    write_json(output / "log.json", {"format": 1, "options": f"--seed {seed}", "records": list(records)})
     done = package.provenance
     click.echo(
         f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, "
@@ -143,3 +146,21 @@ def train(
             click.echo(
                 f"{name} gives other labels than torch (Dice {found.least_dice:.4f}) and is not used unless asked for"
             )
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[threading.Event]:
+    """Set once the run is asked to stop: by SIGTERM, by SIGUSR1, which a scheduler can be told to send
+    some time before the end, or by ctrl-C. A second ctrl-C stops at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.core.errors import InputError
+from safetensors import SafetensorError, safe_open
+
+from medseg.core.errors import InputError, MedsegError
 from medseg.io.files import atomic, write_text
 
 if TYPE_CHECKING:
@@ -16,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """A folder with ``checkpoint.safetensors``, ``log.jsonl`` and TensorBoard's events.
+    """A folder with ``checkpoint.safetensors``, the one before it, ``log.jsonl`` and TensorBoard's events.
 
     It must lie outside whatever a workflow deletes before it runs a job again.
     """
@@ -34,31 +40,61 @@ class RunLog:
         return self.folder / "checkpoint.safetensors"
 
     @property
+    def _earlier(self) -> Path:
+        return self.folder / "checkpoint.earlier.safetensors"
+
+    @property
     def _log(self) -> Path:
         return self.folder / "log.jsonl"
 
+    @contextlib.contextmanager
+    def alone(self, write: bool = True) -> Iterator[None]:
+        """No other run writes here meanwhile. The lock ends with its process, however that ends.
+        Raises MedsegError where another holds it; one that does not ``write`` needs none."""
+        if not write:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise MedsegError(
+                    f"another training is at work in {self.folder} ({file.read(200).strip() or 'unknown'}). "
+                    "Wait until it has ended, or stop it."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint atomically: tensors by name, and what JSON can hold."""
+        """Write a checkpoint atomically: tensors by name, and what JSON can hold. The one before it stays."""
         from safetensors.torch import save
 
         data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"state": json.dumps(dict(state))})
         with atomic(self._checkpoint) as file:
             file.write(data)
+            if self._checkpoint.exists():  # should this be the last that is done, `load` takes the earlier one
+                self._checkpoint.replace(self._earlier)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The checkpoint, or None where there is none. Raises InputError where it cannot be read."""
-        from safetensors import SafetensorError, safe_open
-
-        if not self._checkpoint.exists():
-            return None
-        try:
-            with safe_open(self._checkpoint, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-                return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self._checkpoint} cannot be read ({error})", "Delete it to start the training anew"
-            ) from None
+        """The last checkpoint that can be read, or None where there is none. Raises InputError where
+        there are some and none can be read."""
+        faults = []
+        for path in (self._checkpoint, self._earlier):
+            if path.exists():
+                try:
+                    found = _read(path)
+                    if faults:  # or it would take the good one's place
+                        self._checkpoint.replace(self.folder / "checkpoint.broken.safetensors")
+                    return found
+                except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                    faults.append(f"{path} cannot be read ({error})")
+        if faults:
+            raise InputError("; ".join(faults), "Delete it to start the training anew")
+        return None
 
     def records(self) -> list[dict[str, Any]]:
         """The log's records so far; a last line that was not finished is left out."""
@@ -103,3 +139,9 @@ class RunLog:
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"))
         return self._board
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+        return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118

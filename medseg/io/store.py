@@ -31,7 +31,7 @@ class StoredCase:
 
 
 class CaseStore:
-    """A folder of preprocessed cases, all by one plan (known by its digest) and configuration."""
+    """A folder of preprocessed cases, all by one plan (known by what of it they stand on) and configuration."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -140,6 +140,7 @@ class Configuration(Strict):
     patch: Decision[Three]
     batch: Decision[Count]
     network: Decision[Network]
+    steps: Decision[Count] | None = _unless(None)
     orientation: Literal["ras", "stored"] = _unless("ras")
     grid: Literal["spacing", "shape"] = _unless("spacing")
     thick: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = _unless(None)
@@ -267,6 +268,15 @@ class Plan(Strict):
     def digest(self) -> str:
         """SHA-256 of what the plan decides; reasons do not count."""
         return digest(_without_reasons(self.model_dump(mode="json")))
+
+    def preparation(self, name: str) -> str:
+        """SHA-256 of what preprocessed cases of a configuration stand on: plans that only train in another
+        way can share them."""
+        configuration = self.configuration(name).model_dump(
+            mode="json", include={"spacing", "orientation", "grid", "thick", "slice_axis", "previous"}
+        )
+        shared = self.model_dump(mode="json", include={"channels", "labels", "optional_channels", "normalisation"})
+        return digest(_without_reasons({**shared, "configuration": configuration}))
 
 
 def _without_reasons(value: Any) -> Any:

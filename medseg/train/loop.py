@@ -1,13 +1,14 @@
-"""A training run, read from top to bottom: data, model, optimiser, loop, package."""
+"""A training run, read from top to bottom: data, network, optimiser, loop, package."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,24 @@ from medseg.models.package import ModelPackage
 from medseg.plan.plan import Configuration, Plan
 from medseg.train.augment import cut, draw, vary
 from medseg.train.loss import supervised
+from medseg.train.ranks import ALONE, Ranks
 from medseg.train.sample import draw_case, draw_place
 
 _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS = 10
 _CLIP = 12.0
 _EMA = 0.999
-# Timed on a copy of the network before the run, to turn a budget into a number of steps.
-_WARM, _TIMED = 3, 7
-# A budget's number of steps is looked at anew every so many steps, by the mean time of the last fifth
-# of the steps so far (of so many at least): a long run does not start at every passing disturbance.
-_PACE = 10
+# On a GPU, asking for each loss as it comes would keep the next step waiting.
+_LOOKED_AT_ONCE = 16
+# After a loss that was no number the learning rate is this share of what it was.
+_TAMED = 0.5
+
+
+class StoppedError(MedsegError):
+    """The run was asked to stop, and can be taken up again. Exit status 75 (EX_TEMPFAIL of sysexits.h:
+    "try again later"), by which a scheduler knows to queue the job once more."""
+
+    exit_status = 75
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,12 @@ class Setup:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
-    epochs: int | None = None
-    budget_seconds: float | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: for a progress bar."""
+    """Where a run is: for a progress bar. ``dice`` is that of the last validation."""
 
     step: int
     steps: int
@@ -72,116 +79,94 @@ def train(
     log: RunLog,
     *,
     validation: Sequence[tuple[str, Volume, LabelMap]] = (),
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] = lambda now: None,
+    stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> tuple[ModelPackage, tuple[dict[str, Any], ...]]:
-    """Train one network, and give back the package with its averaged weights, and the run's log.
+    """Train one network for as many steps as the plan says, and give back the package with its averaged
+    weights, and the run's log.
 
-    Each run has a place of its own in ``log``, known by its plan, fold, cases, seed and length. It
-    goes on from the checkpoint there, if any, and ends after ``setup.epochs``, or after as many
-    steps as fit ``setup.budget_seconds``: their number is measured, and corrected where the machine
-    turns slower or faster. The learning rate reaches zero at the end. ``validation`` cases are
-    predicted now and then, by the same function that `predict` uses.
+    Each run has a place of its own in ``log``, known by its plan, fold, cases and seed, and goes on
+    from the checkpoint there, if any. The same plan, seed, kind of machine and number of threads give
+    the same weights, bit for bit, however often the run was stopped or killed; on a GPU only where
+    ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
+    predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
+    step. With several ``ranks`` each takes its share of every batch.
 
-    Raises MedsegError where the loss is no longer a number.
+    A loss that is no number brings the run back to its last checkpoint, to go on at half the learning
+    rate, once. Raises MedsegError where that happens again, or another run has the same place, and
+    `StoppedError`, with a checkpoint written, where it was asked to.
     """
     torch.set_num_threads(setup.threads)
-    device = pick_device(setup.device)
+    device = ranks.device(pick_device(setup.device))
+    _repeatable(setup.deterministic, device)
     configuration = plan.configuration(setup.configuration)
     if plan.regions or configuration.previous is not None:
         raise InputError("training for regions, or on another model's labels, is not done here", "Plan anew")
-    store.require(plan.digest(), setup.configuration)
+    if configuration.steps is None:
+        raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")
+    store.require(plan.preparation(setup.configuration), setup.configuration)
     cases = [store.read(case) for case in setup.train]
     if not cases:
         raise InputError(f"fold {setup.fold} has no case to train on", "Correct folds.json")
-
-    torch.manual_seed(setup.seed)
-    network = build(configuration, len(plan.channels), len(plan.labels) + 1).to(device)
-    average = copy.deepcopy(network).eval()
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=plan.training.learning_rate.value, weight_decay=plan.training.weight_decay.value
-    )
-    batches = Batches(plan, configuration, cases, setup.seed, device)
-
+    batches = Batches(plan, configuration, cases, setup.seed, device, ranks)
+    steps, every = configuration.steps.value, plan.training.steps_per_epoch
     identity = {
-        "format": 1,
+        "format": 2,
         "plan": plan.digest(),
         "configuration": setup.configuration,
         "fold": setup.fold,
         "seed": setup.seed,
         "train": list(setup.train),
-        "epochs": setup.epochs,
-        "budget_seconds": setup.budget_seconds,
+        "ranks": ranks.count,
     }
     log = log.of(digest(identity)[:12])
-    started = time.perf_counter()
-    step, earlier, found = _resume(log, network, average, optimiser)
-    length = found or Length([(0, _steps(plan, setup, network, batches, started))])
-    checkpoint = time.perf_counter()
-    recent: list[float] = []
-    last_dice: float | None = None
-    pace: list[float] = []
-    validation_seconds = 0.0
-
-    def save() -> None:
-        seconds = earlier + time.perf_counter() - started
-        log.save(
-            _tensors(network, average, optimiser),
-            {**identity, "step": step, "length": length.parts, "seconds": seconds},
-        )
-
-    with ThreadPoolExecutor(1) as ahead:
-        upcoming = ahead.submit(batches, step)
-        while step < length.steps:
-            before = time.perf_counter()
-            images, targets = upcoming.result()
-            upcoming = ahead.submit(batches, step + 1)
-            rate = plan.training.learning_rate.value * schedule(length.progress(step))
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            loss = train_step(network, optimiser, images, targets)
-            step += 1
-            _average(average, network, step)
-            recent.append(loss)
-            if not math.isfinite(loss):
-                raise MedsegError(
-                    f"the loss is {loss} at step {step}; the last checkpoint is kept. "
-                    "Lower the learning rate in plan.json and train again."
-                )
-
-            pace.append(time.perf_counter() - before)
-            seconds = earlier + time.perf_counter() - started
-            if setup.budget_seconds is not None and len(pace) % _PACE == 0 and step < length.steps:
-                left = 0.99 * setup.budget_seconds - seconds - validation_seconds
-                latest = pace[-max(_PACE, len(pace) // 5) :]
-                length = length.corrected(step, step + max(1, int(left / float(np.mean(latest)))))
-            ended = step == length.steps
-            if step % plan.training.steps_per_epoch == 0 or ended:
-                record: dict[str, Any] = {
-                    "step": step,
-                    "steps": length.steps,
-                    "seconds": round(seconds, 2),
-                    "loss": float(np.mean(recent)),
-                    "learning_rate": rate,
-                }
-                recent = []
-                if validation and (ended or _due(step, length.steps, plan.training.steps_per_epoch)):
-                    before = time.perf_counter()
-                    record |= validate(average, validation, plan, setup.configuration, device)
-                    validation_seconds = time.perf_counter() - before
-                    last_dice = record["dice"]
-                log.write(record)
-            if time.perf_counter() - checkpoint > _CHECKPOINT_SECONDS or ended:
-                save()
-                checkpoint = time.perf_counter()
-            if progress:
-                progress(Progress(step, length.steps, loss, last_dice))
-        upcoming.cancel()
-    records = tuple(log.records())
-    log.close()
+    with log.alone(ranks.first):
+        fresh = partial(Learner.fresh, plan, configuration, setup.seed, device, ranks)
+        learner = fresh()
+        learner.take_up(log, identity)
+        started, saved = time.perf_counter() - learner.seconds, time.perf_counter()
+        recent: list[float] = []
+        last_dice: float | None = None
+        while learner.step < steps:
+            for losses in learner.stretches(batches, steps, every):
+                if not all(map(math.isfinite, losses)):
+                    learner, recent = learner.gone_back(log, identity, fresh(), losses), []
+                    break
+                stopping = ranks.any(stop())
+                recent += losses
+                learner.seconds = time.perf_counter() - started
+                ended, validated = learner.step == steps, False
+                if learner.step % every == 0 or ended:
+                    record: dict[str, Any] = {
+                        "step": learner.step,
+                        "steps": steps,
+                        "seconds": round(learner.seconds, 2),
+                        "loss": float(np.mean(recent)),
+                        "learning_rate": learner.rate,
+                    }
+                    recent = []
+                    validated = bool(validation) and (ended or _due(learner.step, steps, every))
+                    if validated and ranks.first:
+                        record |= validate(learner.average, validation, plan, setup.configuration, device)
+                        last_dice = record["dice"]
+                    if ranks.first:
+                        log.write(record)
+                due = validated or ended or stopping or time.perf_counter() - saved > _CHECKPOINT_SECONDS
+                if due and ranks.first:
+                    learner.save(log, identity)
+                    saved = time.perf_counter()
+                progress(Progress(learner.step, steps, losses[-1], last_dice))
+                if stopping and not ended:
+                    raise StoppedError(
+                        f"stopped at step {learner.step} of {steps}; the same command goes on from there"
+                    )
+        records = tuple(log.records())
+        log.close()
     package = ModelPackage(
         plan=plan,
         configuration_name=setup.configuration,
-        members=({name: tensor.detach().cpu() for name, tensor in average.state_dict().items()},),
+        members=({name: tensor.detach().cpu() for name, tensor in learner.average.state_dict().items()},),
         trained_on=setup.train,
         held_out=setup.held_out,
         provenance={
@@ -190,22 +175,173 @@ def train(
             "fold": setup.fold,
             "device": device.type,
             "threads": setup.threads,
-            "steps": step,
-            "length": [list(part) for part in length.parts],
-            "seconds": round(earlier + time.perf_counter() - started, 1),
+            "ranks": ranks.count,
+            "deterministic": setup.deterministic or device.type == "cpu",
+            "steps": learner.step,
+            "setbacks": learner.setbacks,
+            "seconds": round(learner.seconds, 1),
             "plan": plan.digest(),
         },
     )
     return package, records
 
 
+@dataclass
+class Learner:
+    """All that a step changes, and so all that a checkpoint holds. ``setbacks`` counts the losses that
+    were no number; ``seconds`` those spent so far."""
+
+    network: nn.Module
+    average: nn.Module
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    base_rate: float
+    ranks: Ranks
+    step: int = 0
+    seconds: float = 0.0
+    setbacks: int = 0
+    rate: float = 0.0
+
+    @classmethod
+    def fresh(cls, plan: Plan, configuration: Configuration, seed: int, device: torch.device, ranks: Ranks) -> Learner:
+        """One that has learnt nothing yet."""
+        torch.manual_seed(seed)
+        network = build(configuration, len(plan.channels), len(plan.labels) + 1).to(device)
+        training = plan.training
+        optimiser = torch.optim.AdamW(
+            network.parameters(), lr=training.learning_rate.value, weight_decay=training.weight_decay.value, fused=True
+        )
+        scaler = torch.amp.GradScaler(device.type, enabled=torch_precision(device) == "f16")
+        average = copy.deepcopy(network).eval()
+        return cls(network, average, optimiser, scaler, training.learning_rate.value, ranks)
+
+    def stretches(self, batches: Batches, steps: int, every: int) -> Iterator[list[float]]:
+        """Train on to the end, giving losses step by step; on a GPU, where to ask for each as it comes
+        would keep the next step waiting, some steps at a time, but never across a record."""
+        at_once = 1 if batches.device.type == "cpu" else _LOOKED_AT_ONCE
+        network = self.ranks.wrap(self.network)
+        with ThreadPoolExecutor(1) as ahead:
+            upcoming = ahead.submit(batches, self.step)
+            try:
+                while self.step < steps:
+                    losses = []
+                    for _ in range(min(at_once, steps - self.step, every - self.step % every)):
+                        images, targets = upcoming.result()
+                        upcoming = ahead.submit(batches, self.step + 1)
+                        self.rate = self.base_rate * _TAMED**self.setbacks * schedule(self.step / steps)
+                        for group in self.optimiser.param_groups:
+                            group["lr"] = self.rate
+                        losses.append(train_step(network, self.optimiser, images, targets, self.scaler))
+                        self.step += 1
+                        _average(self.average, self.network, self.step)
+                    yield self.ranks.mean(torch.stack(losses)).tolist()
+            finally:
+                upcoming.cancel()
+
+    def save(self, log: RunLog, identity: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for number, slots in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{k}": v for k, v in slots.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        log.save(
+            tensors,
+            {
+                **identity,
+                "step": self.step,
+                "seconds": self.seconds,
+                "setbacks": self.setbacks,
+                "scaler": self.scaler.state_dict(),
+            },
+        )
+
+    def take_up(self, log: RunLog, identity: dict[str, Any]) -> None:
+        """Go on from the log's checkpoint, if there is one. Raises InputError where it is another run's."""
+        found = log.load()
+        if self.ranks.first:
+            log.rewind(found[1]["step"] if found else 0)
+        self.ranks.wait()
+        if found is None:
+            return
+        tensors, state = found
+        if {name: state.get(name) for name in identity} != identity:
+            raise InputError(f"the checkpoint in {log.folder} is of another run", "Take it away")
+        for prefix, module in (("network.", self.network), ("average.", self.average)):
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, number, key = name.split(".", 2)
+                slots.setdefault(int(number), {})[key] = tensor
+        self.optimiser.load_state_dict({"state": slots, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        self.step, self.seconds, self.setbacks = int(state["step"]), float(state["seconds"]), int(state["setbacks"])
+
+    def gone_back(self, log: RunLog, identity: dict[str, Any], fresh: Learner, losses: list[float]) -> Learner:
+        """A learner at the last checkpoint (``fresh`` where there is none), which knows of the setback.
+        Raises MedsegError where it is not the first."""
+        bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        if self.setbacks:
+            raise MedsegError(
+                f"the loss is {losses[bad]} at step {self.step - len(losses) + bad + 1}, for the second time and at "
+                f"half the learning rate; the last checkpoint is kept. Lower the learning rate in plan.json, or look "
+                "for a case with broken intensities, and train again."
+            )
+        fresh.take_up(log, identity)
+        fresh.setbacks += 1
+        return fresh
+
+
+def train_step(
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """One step, in half precision where the device is made for it; returns the loss, which is no number
+    where a gradient is none either."""
+    network.train()
+    precision = torch_precision(images.device)
+    half = torch.float16 if precision == "f16" else torch.bfloat16
+    with torch.autocast(images.device.type, half, enabled=precision != "f32"):
+        outputs = network(images)
+    loss = supervised(outputs, targets)
+    optimiser.zero_grad(set_to_none=True)
+    if scaler is None or not scaler.is_enabled():
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
+        optimiser.step()
+        return torch.where(norm.isfinite(), loss.detach(), torch.nan)
+    # Gradients that overflow half precision are the scaler's business: it leaves such a step out.
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimiser)
+    nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
+    scaler.step(optimiser)
+    scaler.update()
+    return loss.detach()
+
+
 class Batches:
     """The batch of each step: called with its number, from any thread, in any order."""
 
     def __init__(
-        self, plan: Plan, configuration: Configuration, cases: list[StoredCase], seed: int, device: torch.device
+        self,
+        plan: Plan,
+        configuration: Configuration,
+        cases: list[StoredCase],
+        seed: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.plan, self.configuration, self.cases, self.seed, self.device = plan, configuration, cases, seed, device
+        self._share = ranks.share(configuration.batch.value)
         numbers = np.array([0, *plan.label_set.numbers])
         self._class_of = np.zeros(numbers.max() + 1, dtype=np.int64)
         self._class_of[numbers] = np.arange(len(numbers))
@@ -213,7 +349,7 @@ class Batches:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (B, C, *patch) and classes (B, *patch); 2D patches without their slice axis."""
         batch, flat = self.configuration.batch.value, self.configuration.slice_axis
-        pairs = [self._one(step * batch + i) for i in range(batch)]
+        pairs = [self._one(step * batch + i) for i in self._share]
         images, targets = torch.stack([i for i, _ in pairs]), torch.stack([t for _, t in pairs])
         if flat is not None:
             images, targets = images.squeeze(2 + flat), targets.squeeze(1 + flat)
@@ -230,45 +366,11 @@ class Batches:
         return vary(image, variation), torch.from_numpy(self._class_of)[labels]
 
 
-def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> float:
-    """One step, in bfloat16 autocast where the device is made for it; returns the loss."""
-    network.train()
-    half = torch_precision(images.device) == "bf16"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-        outputs = network(images)
-    loss = supervised(outputs, targets)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
-    optimiser.step()
-    return float(loss.detach())
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a run is. ``parts`` are pairs (step, steps): from that step on it was to have so many
-    steps in all. A run of the same parts has the same learning rate at every step."""
-
-    parts: list[tuple[int, int]]
-
-    @property
-    def steps(self) -> int:
-        return self.parts[-1][1]
-
-    def progress(self, step: int) -> float:
-        """How much of the run lies behind a step, 0 to 1; a correction bends the line, without a jump."""
-        done = 0.0
-        for (first, steps), (following, _) in zip(self.parts, [*self.parts[1:], (step, 0)], strict=True):
-            done += (1 - done) * (min(step, following) - first) / max(1, steps - first)
-            if step <= following:
-                break
-        return done
-
-    def corrected(self, step: int, steps: int) -> Length:
-        """With another number of steps in all, where it differs by more than a tenth of what is left."""
-        if abs(steps - self.steps) <= max(2, 0.1 * (self.steps - step)):
-            return self
-        return Length([*self.parts, (step, steps)])
+def _repeatable(deterministic: bool, device: torch.device) -> None:
+    """Whether a GPU takes only algorithms that repeat themselves, which are slower; a processor's do."""
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = not deterministic
 
 
 def schedule(progress: float) -> float:
@@ -305,22 +407,6 @@ def _due(step: int, steps: int, every: int) -> bool:
     return (step // every) % max(1, epochs // _VALIDATIONS) == 0
 
 
-def _steps(plan: Plan, setup: Setup, network: nn.Module, batches: Batches, started: float) -> int:
-    """How many steps the run takes: by its epochs, or as many as its budget holds."""
-    if setup.budget_seconds is None:
-        return (setup.epochs or plan.training.epochs.value) * plan.training.steps_per_epoch
-    trial = copy.deepcopy(network)
-    optimiser = torch.optim.AdamW(trial.parameters(), lr=1e-6)
-    seconds = []
-    for step in range(_WARM + _TIMED):
-        before = time.perf_counter()
-        train_step(trial, optimiser, *batches(step))
-        seconds.append(time.perf_counter() - before)
-    # Some of the budget goes to validation and logs.
-    left = 0.95 * setup.budget_seconds - (time.perf_counter() - started)
-    return max(1, int(left / float(np.median(seconds[_WARM:]))))
-
-
 def _average(average: nn.Module, network: nn.Module, step: int) -> None:
     """Exponential moving average of the weights; young averages forget faster."""
     weight = 1 - min(_EMA, (1 + step) / (10 + step))
@@ -328,32 +414,3 @@ def _average(average: nn.Module, network: nn.Module, step: int) -> None:
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
         for mine, other in zip(average.buffers(), network.buffers(), strict=True):
             mine.copy_(other)
-
-
-def _tensors(network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for number, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{number}.{k}": v for k, v in state.items()}
-    return tensors
-
-
-def _resume(
-    log: RunLog, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
-) -> tuple[int, float, Length | None]:
-    """Load the log's checkpoint, if any; the step, the seconds spent and the run's length."""
-    found = log.load()
-    if found is None:
-        log.rewind(0)
-        return 0, 0.0, None
-    tensors, state = found
-    for prefix, module in (("network.", network), ("average.", average)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, number, key = name.split(".", 2)
-            slots.setdefault(int(number), {})[key] = tensor
-    optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
-    log.rewind(state["step"])
-    return int(state["step"]), float(state["seconds"]), Length([(int(a), int(b)) for a, b in state["length"]])
