@@ -82,7 +82,7 @@ class RunLog:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last checkpoint that can be read, or None where there is none. Raises InputError where
         there are some and none can be read."""
-        faults = []
+        faults: list[str] = []
         for path in (self._checkpoint, self._earlier):
             if path.exists():
                 try:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -126,15 +126,14 @@ def train(
         learner = fresh()
         learner.take_up(log, identity)
         started, saved = time.perf_counter() - learner.seconds, time.perf_counter()
-        recent: list[float] = []
         last_dice: float | None = None
         while learner.step < steps:
             for losses in learner.stretches(batches, steps, every):
                 if not all(map(math.isfinite, losses)):
-                    learner, recent = learner.gone_back(log, identity, fresh(), losses), []
+                    learner = learner.gone_back(log, identity, fresh(), losses)
                     break
                 stopping = ranks.any(stop())
-                recent += losses
+                learner.recent += losses
                 learner.seconds = time.perf_counter() - started
                 ended, validated = learner.step == steps, False
                 if learner.step % every == 0 or ended:
@@ -142,10 +141,10 @@ def train(
                         "step": learner.step,
                         "steps": steps,
                         "seconds": round(learner.seconds, 2),
-                        "loss": float(np.mean(recent)),
+                        "loss": float(np.mean(learner.recent)),
                         "learning_rate": learner.rate,
                     }
-                    recent = []
+                    learner.recent = []
                     validated = bool(validation) and (ended or _due(learner.step, steps, every))
                     if validated and ranks.first:
                         record |= validate(learner.average, validation, plan, setup.configuration, device)
@@ -189,7 +188,7 @@ def train(
 @dataclass
 class Learner:
     """All that a step changes, and so all that a checkpoint holds. ``setbacks`` counts the losses that
-    were no number; ``seconds`` those spent so far."""
+    were no number; ``seconds`` those spent so far; ``recent`` the losses since the last record."""
 
     network: nn.Module
     average: nn.Module
@@ -200,6 +199,7 @@ class Learner:
     step: int = 0
     seconds: float = 0.0
     setbacks: int = 0
+    recent: list[float] = field(default_factory=list)
     rate: float = 0.0
 
     @classmethod
@@ -254,6 +254,7 @@ class Learner:
                 "step": self.step,
                 "seconds": self.seconds,
                 "setbacks": self.setbacks,
+                "recent": self.recent,
                 "scaler": self.scaler.state_dict(),
             },
         )
@@ -282,6 +283,7 @@ class Learner:
         if "random.cuda" in tensors and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(tensors["random.cuda"])
         self.step, self.seconds, self.setbacks = int(state["step"]), float(state["seconds"]), int(state["setbacks"])
+        self.recent = list(state["recent"])
 
     def gone_back(self, log: RunLog, identity: dict[str, Any], fresh: Learner, losses: list[float]) -> Learner:
         """A learner at the last checkpoint (``fresh`` where there is none), which knows of the setback.

@@ -174,7 +174,7 @@ def test_interrupted_and_taken_up_again_it_ends_the_same(
     assert seen[0] == (12 if every == 0 else 6)  # the validation at step 5 left a checkpoint
     assert same(whole, parts)
     assert [r["step"] for r in again] == [r["step"] for r in records] == [5, 10, 15]
-    assert [r["learning_rate"] for r in again] == [r["learning_rate"] for r in records]
+    assert [(r["learning_rate"], r["loss"]) for r in again] == [(r["learning_rate"], r["loss"]) for r in records]
     assert again[-1]["dice"] == records[-1]["dice"]
     assert parts.provenance["steps"] == 15
 
