@@ -37,6 +37,8 @@ _CLIP = 12.0
 _EMA = 0.999
 # On a GPU, asking for each loss as it comes would keep the next step waiting.
 _LOOKED_AT_ONCE = 16
+# Less of a network than this is no start: a bias fits by chance.
+_FITTING = 0.1
 # After a loss that was no number the learning rate is this share of what it was.
 _TAMED = 0.5
 
@@ -82,6 +84,7 @@ def train(
     progress: Callable[[Progress], None] = lambda now: None,
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
+    start: ModelPackage | None = None,
 ) -> tuple[ModelPackage, tuple[dict[str, Any], ...]]:
     """Train one network for as many steps as the plan says, and give back the package with its averaged
     weights, and the run's log.
@@ -91,7 +94,8 @@ def train(
     the same weights, bit for bit, however often the run was stopped or killed; on a GPU only where
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
     predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
-    step. With several ``ranks`` each takes its share of every batch.
+    step. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
+    to begin with, as far as they are `fitting`.
 
     A loss that is no number brings the run back to its last checkpoint, to go on at half the learning
     rate, once. Raises MedsegError where that happens again, or another run has the same place, and
@@ -119,10 +123,11 @@ def train(
         "seed": setup.seed,
         "train": list(setup.train),
         "ranks": ranks.count,
+        "start": start.digest() if start else None,
     }
     log = log.of(digest(identity)[:12])
     with log.alone(ranks.first):
-        fresh = partial(Learner.fresh, plan, configuration, setup.seed, device, ranks)
+        fresh = partial(Learner.fresh, plan, configuration, setup.seed, device, ranks, start)
         learner = fresh()
         learner.take_up(log, identity)
         started, saved = time.perf_counter() - learner.seconds, time.perf_counter()
@@ -178,6 +183,7 @@ def train(
             "deterministic": setup.deterministic or device.type == "cpu",
             "steps": learner.step,
             "setbacks": learner.setbacks,
+            "start": identity["start"],
             "seconds": round(learner.seconds, 1),
             "plan": plan.digest(),
         },
@@ -203,10 +209,21 @@ class Learner:
     rate: float = 0.0
 
     @classmethod
-    def fresh(cls, plan: Plan, configuration: Configuration, seed: int, device: torch.device, ranks: Ranks) -> Learner:
-        """One that has learnt nothing yet."""
+    def fresh(
+        cls,
+        plan: Plan,
+        configuration: Configuration,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks,
+        start: ModelPackage | None,
+    ) -> Learner:
+        """One that has learnt nothing yet, or what ``start`` has."""
         torch.manual_seed(seed)
-        network = build(configuration, len(plan.channels), len(plan.labels) + 1).to(device)
+        network = build(configuration, len(plan.channels), len(plan.labels) + 1)
+        if start:
+            network.load_state_dict(fitting(start, network)[0], strict=False)
+        network = network.to(device)
         training = plan.training
         optimiser = torch.optim.AdamW(
             network.parameters(), lr=training.learning_rate.value, weight_decay=training.weight_decay.value, fused=True
@@ -298,6 +315,20 @@ class Learner:
         fresh.take_up(log, identity)
         fresh.setbacks += 1
         return fresh
+
+
+def fitting(start: ModelPackage, network: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The weights of a model's first member whose names and shapes are a network's, and the names of the
+    network's that find none. Raises InputError where they make up less than a tenth of the network."""
+    own, weights = network.state_dict(), start.members[0]
+    found = {name: weights[name] for name in own if name in weights}
+    found = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
+    if sum(t.numel() for t in found.values()) < _FITTING * sum(t.numel() for t in own.values()):
+        raise InputError(
+            f"hardly a layer of {start.name} has the name and shape of one of this plan's network",
+            "Let plan.json inherit the network of that model's plan.json",
+        )
+    return found, tuple(name for name in own if name not in found)
 
 
 def train_step(

@@ -21,11 +21,22 @@ from medseg.infer.predict import Predictor, Segmentation
 from medseg.infer.stream import Tally
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore
+from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Decision, Plan
 from medseg.preprocess.regrid import preprocess
 from medseg.train import loop
-from medseg.train.loop import Batches, Progress, Setup, StoppedError, schedule, train, train_step, validate
+from medseg.train.loop import (
+    Batches,
+    Progress,
+    Setup,
+    StoppedError,
+    fitting,
+    schedule,
+    train,
+    train_step,
+    validate,
+)
 
 CPU = torch.device("cpu")
 
@@ -66,7 +77,7 @@ class Bench:
 
     def run(self, log: str = "log", *, steps: int = 5, validate: bool = False, **options: Any) -> Any:
         cases = [(c, *load_case(self.task, self.task.case(c))) for c in self.held_out] if validate else []
-        asked = {name: options.pop(name) for name in ("progress", "stop") if name in options}
+        asked = {name: options.pop(name) for name in ("progress", "stop", "start") if name in options}
         return train(
             self.lasting(steps), self.setup(**options), self.store, RunLog(self.folder / log), validation=cases, **asked
         )
@@ -292,6 +303,37 @@ def test_how_a_plan_trains_may_change_without_preprocessing_anew(small_plan: Any
     bench.plan = small_plan(spacing=(1.0, 1.0, 1.0))
     with pytest.raises(InputError, match="was preprocessed by another plan"):
         bench.run()
+
+
+# ---- from another model -------------------------------------------------------------------------
+
+
+def test_it_starts_from_what_fits_of_another_model(small_plan: Any, bench: Bench) -> None:
+    first, _ = bench.run("first", steps=10)
+    again, _ = bench.run("again", steps=1, start=first)
+    scratch, _ = bench.run("scratch", steps=1)
+    (one,), (other,), (begun,) = again.members, scratch.members, first.members
+
+    def apart(a: Any, b: Any) -> float:
+        return sum(float((a[name] - b[name]).abs().sum()) for name in a)
+
+    assert apart(one, begun) < 0.2 * apart(other, begun)
+    assert again.provenance["start"] == first.digest()
+    assert not same(again, scratch)
+    # A label more: all but the last layers fit.
+    more = small_plan(labels={1: "left blob", 2: "right blob", 3: "nothing"})
+    network = build(more.configuration("3d"), 1, 4)
+    found, missing = fitting(first, network)
+    assert set(found) | set(missing) == set(network.state_dict())
+    assert missing
+    assert all("output" in name or "supervision" in name for name in missing)
+
+
+def test_a_model_of_which_nothing_fits_is_refused(small_plan: Any, bench: Bench) -> None:
+    first, _ = bench.run()
+    bench.plan = small_plan(features=(5, 7, 9))
+    with pytest.raises(InputError, match="hardly a layer of Task00_blobs 3d has the name and shape"):
+        bench.run(start=first)
 
 
 # ---- it says what goes wrong --------------------------------------------------------------------
