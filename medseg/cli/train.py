@@ -121,7 +121,10 @@ def train(
         def show(now: Progress) -> None:
             bar.total = now.steps
             bar.update(now.step - bar.n)
-            bar.set_postfix(loss=f"{now.loss:.3f}", dice="-" if now.dice is None else f"{now.dice:.3f}", refresh=False)
+            dice = "-" if now.dice is None else f"{now.dice:.3f}"
+            bar.set_postfix(loss=f"{now.loss:.3f}", dice=dice, refresh=False)
+            if quiet and ranks.first and (now.step % plan.training.steps_per_epoch == 0 or now.step == now.steps):
+                click.echo(f"step {now.step}/{now.steps} loss {now.loss:.3f} dice {dice} {now.seconds_left:.0f} s left")
 
         package, records = train_network(
             plan, setup, store, log, validation=validation, progress=show, stop=asked.is_set, ranks=ranks, start=begun

@@ -28,11 +28,12 @@ from medseg.models.package import ModelPackage
 from medseg.plan.plan import Configuration, Plan
 from medseg.train.augment import cut, draw, vary
 from medseg.train.loss import supervised
+from medseg.train.picture import Rgb, picture, side_by_side
 from medseg.train.ranks import ALONE, Ranks
 from medseg.train.sample import draw_case, draw_place
 
 _CHECKPOINT_SECONDS = 60.0
-_VALIDATIONS = 10
+_VALIDATIONS, _PICTURED = 10, 4
 _CLIP = 12.0
 _EMA = 0.999
 # On a GPU, asking for each loss as it comes would keep the next step waiting.
@@ -66,12 +67,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: for a progress bar. ``dice`` is that of the last validation."""
+    """Where a run is: for whoever watches. ``dice`` is that of the last validation."""
 
     step: int
     steps: int
     loss: float
     dice: float | None
+    seconds_left: float
 
 
 def train(
@@ -130,7 +132,8 @@ def train(
         fresh = partial(Learner.fresh, plan, configuration, setup.seed, device, ranks, start)
         learner = fresh()
         learner.take_up(log, identity)
-        started, saved = time.perf_counter() - learner.seconds, time.perf_counter()
+        begun = saved = time.perf_counter()
+        started, done = begun - learner.seconds, 0
         last_dice: float | None = None
         while learner.step < steps:
             for losses in learner.stretches(batches, steps, every):
@@ -152,15 +155,19 @@ def train(
                     learner.recent = []
                     validated = bool(validation) and (ended or _due(learner.step, steps, every))
                     if validated and ranks.first:
-                        record |= validate(learner.average, validation, plan, setup.configuration, device)
-                        last_dice = record["dice"]
+                        scores, image = validate(learner.average, validation, plan, setup.configuration, device)
+                        record |= scores
+                        last_dice = scores["dice"]
+                        log.picture(learner.step, image)
                     if ranks.first:
                         log.write(record)
                 due = validated or ended or stopping or time.perf_counter() - saved > _CHECKPOINT_SECONDS
                 if due and ranks.first:
                     learner.save(log, identity)
                     saved = time.perf_counter()
-                progress(Progress(learner.step, steps, losses[-1], last_dice))
+                done += len(losses)
+                left = (time.perf_counter() - begun) / done * (steps - learner.step)
+                progress(Progress(learner.step, steps, losses[-1], last_dice, left))
                 if stopping and not ended:
                     raise StoppedError(
                         f"stopped at step {learner.step} of {steps}; the same command goes on from there"
@@ -420,18 +427,23 @@ def validate(
     plan: Plan,
     configuration: str,
     device: torch.device,
-) -> dict[str, Any]:
-    """Mean Dice over the cases: of all labels as "dice", and of each as "dice_by_label"."""
+) -> tuple[dict[str, Any], Rgb]:
+    """Mean Dice over the cases, of all labels as "dice", and of each as "dice_by_label"; and a picture of
+    the first few of them."""
     scores: dict[str, list[float]] = {label.name: [] for label in plan.label_set}
     engine = TorchEngine([network], plan.configuration(configuration), len(plan.labels) + 1, device)
+    pictures: list[Rgb] = []
     for _, volume, reference in cases:
         found = segment(engine, volume, plan, configuration).label_map
+        if len(pictures) < _PICTURED:
+            pictures.append(picture(volume, found, reference))
         for label in plan.label_set:
             truth = reference.values == label.number
             if truth.any():
                 scores[label.name].append(dice(found.values == label.number, truth))
     means = {name: float(np.mean(values)) for name, values in scores.items() if values}
-    return {"dice": float(np.mean(list(means.values()))) if means else 0.0, "dice_by_label": means}
+    overall = float(np.mean(list(means.values()))) if means else 0.0
+    return {"dice": overall, "dice_by_label": means}, side_by_side(pictures)
 
 
 def _due(step: int, steps: int, every: int) -> bool:

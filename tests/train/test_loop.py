@@ -457,6 +457,8 @@ def test_records_and_provenance(bench: Bench) -> None:
     (folder,) = (bench.folder / "log").iterdir()
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == list(records)
     assert list((folder / "tensorboard").iterdir())
+    assert (folder / "validation.png").read_bytes().startswith(b"\x89PNG")
+    assert shown[-1].seconds_left == 0 < shown[0].seconds_left
     assert package.trained_on == bench.train_ids
     assert package.held_out == bench.held_out
     done = package.provenance
@@ -521,5 +523,7 @@ def test_validation_means_by_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     answers = iter([first, type(first)(np.zeros_like(second.values), second.grid, second.labels)])
     monkeypatch.setattr(loop, "segment", lambda *_: Segmentation(next(answers), Tally.empty(3, 1.0), None))
     cases = [pairs[0], (pairs[1][0], pairs[1][1], without)]
-    found = validate(torch.nn.Identity(), cases, bench.plan, bench.name, CPU)
+    found, image = validate(torch.nn.Identity(), cases, bench.plan, bench.name, CPU)
+    assert image.dtype == np.uint8
+    assert image.shape[2] == 3
     assert found == {"dice": 0.75, "dice_by_label": {"left blob": 0.5, "right blob": 1.0}}
