@@ -108,11 +108,12 @@ def small_plan(
     channels: Sequence[str] = ("CT",),
     labels: dict[int, str] | None = None,
     batch: int = 2,
+    steps: int = 5,
     steps_per_epoch: int = 5,
     **training: Any,
 ) -> Any:
     """A `Plan` for `tiny_task` written by hand, with one configuration called "3d" or "2d" and a
-    network that computes in milliseconds. ``training`` takes the place of its own settings."""
+    network that computes in milliseconds, trained for ``steps``. ``training`` takes the place of its own settings."""
     from medseg.plan.plan import parse_plan
 
     stages = len(features)
@@ -123,7 +124,7 @@ def small_plan(
         {"channel": c, "kind": "zscore"}
         for c in channels
     ]  # fmt: skip
-    settings = {"learning_rate": 5e-3, "weight_decay": 1e-2, "foreground_share": 0.5, "epochs": 1, **training}
+    settings = {"learning_rate": 5e-3, "weight_decay": 1e-2, "foreground_share": 0.5, **training}
     augmentation = settings.pop("augmentation", {})
     plan = {
         "task": "Task00_blobs",
@@ -137,6 +138,7 @@ def small_plan(
                 "spacing": {"value": list(spacing)},
                 "patch": {"value": list(patch)},
                 "batch": {"value": batch},
+                "steps": {"value": steps},
                 "network": {
                     "value": {
                         "features": list(features),

@@ -308,7 +308,12 @@ def _due(step: int, steps: int, every: int) -> bool:
 def _steps(plan: Plan, setup: Setup, network: nn.Module, batches: Batches, started: float) -> int:
     """How many steps the run takes: by its epochs, or as many as its budget holds."""
     if setup.budget_seconds is None:
-        return (setup.epochs or plan.training.epochs.value) * plan.training.steps_per_epoch
+        if setup.epochs is not None:
+            return setup.epochs * plan.training.steps_per_epoch
+        planned = plan.configuration(setup.configuration).steps
+        if planned is None:
+            raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")
+        return planned.value
     trial = copy.deepcopy(network)
     optimiser = torch.optim.AdamW(trial.parameters(), lr=1e-6)
     seconds = []
