@@ -171,6 +171,38 @@ def test_a_budget_becomes_steps_and_is_told_with_what_they_cost(made: Any, medse
     assert "measured on" in outcome.out
 
 
+def test_a_plan_for_a_gpu_elsewhere_says_that_nothing_was_measured(made: Any, medseg: Any, tmp_path: Path) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU")
+    outcome = medseg("plan", made.task, "-o", tmp_path / "run", "--gpu-memory", "80GiB", "--budget", "1d")
+    assert outcome.status == 0, outcome
+    assert "reckoned, not measured" in outcome.out
+    plan = read_plan(tmp_path / "run" / "plan.json")
+    for name in ("3d", "2d"):
+        c = plan.configuration(name)
+        assert c.cost is not None
+        assert c.cost.measured_on is None
+        assert "80 GiB that the gpu may give, reckoned, not measured" in c.patch.reason.replace("about ", "")
+
+
+def test_too_little_memory_is_told_before_anything_starts(made: Any, medseg: Any, tmp_path: Path) -> None:
+    arguments = ("plan", made.task, "-o", tmp_path / "run", "--memory", "100MiB", "--no-measure")
+    medseg(*arguments).refused("even the smallest plan, patches of", "0.10 GiB are allowed", "--memory")
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_plan_that_inherits_is_preprocessed_and_trained(made: Any, medseg: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    (mine.run / "plan.json").rename(mine.run / "base.json")
+    shorter = {"inherits": "base.json", "configurations": {"3d": {"steps": {"value": 3, "reason": "a try"}}}}
+    (mine.run / "plan.json").write_text(json.dumps(shorter))
+    assert medseg("preprocess", mine.run, "--threads", 1).status == 0
+    outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert "3 steps in" in outcome.out
+    assert "inherits" not in (mine.model / "plan.json").read_text()
+
+
 def test_planning_again_keeps_folds_and_puts_an_edited_plan_aside(made: Any, medseg: Any, tmp_path: Path) -> None:
     mine = made.copy(tmp_path)
     edited, folds = read_plan(mine.run / "plan.json"), (mine.run / "folds.json").read_bytes()
