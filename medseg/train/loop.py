@@ -21,13 +21,12 @@ from medseg.evaluate.overlap import dice
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
-from medseg.io.store import CaseStore, StoredCase
+from medseg.io.store import CaseStore
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
-from medseg.plan.plan import Configuration, Plan
-from medseg.train.augment import cut, draw, vary
+from medseg.plan.plan import Plan
+from medseg.train.batches import Batches
 from medseg.train.loss import supervised
-from medseg.train.sample import draw_case, draw_place
 
 _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS = 10
@@ -197,37 +196,6 @@ def train(
         },
     )
     return package, records
-
-
-class Batches:
-    """The batch of each step: called with its number, from any thread, in any order."""
-
-    def __init__(
-        self, plan: Plan, configuration: Configuration, cases: list[StoredCase], seed: int, device: torch.device
-    ) -> None:
-        self.plan, self.configuration, self.cases, self.seed, self.device = plan, configuration, cases, seed, device
-        numbers = np.array([0, *plan.label_set.numbers])
-        self._class_of = np.zeros(numbers.max() + 1, dtype=np.int64)
-        self._class_of[numbers] = np.arange(len(numbers))
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *patch) and classes (B, *patch); 2D patches without their slice axis."""
-        batch, flat = self.configuration.batch.value, self.configuration.slice_axis
-        pairs = [self._one(step * batch + i) for i in range(batch)]
-        images, targets = torch.stack([i for i, _ in pairs]), torch.stack([t for _, t in pairs])
-        if flat is not None:
-            images, targets = images.squeeze(2 + flat), targets.squeeze(1 + flat)
-        return images.to(self.device), targets.to(self.device)
-
-    def _one(self, number: int) -> tuple[Tensor, Tensor]:
-        training, patch = self.plan.training, self.configuration.patch.value
-        rng = np.random.default_rng([self.seed, 0, number])
-        case = draw_case(self.seed, number, len(self.cases))
-        place = draw_place(rng, self.cases, case, patch, training.foreground_share.value)
-        variation = draw(rng, training.augmentation.value, self.configuration, len(self.plan.channels))
-        stored = self.cases[case]
-        image, labels = cut(stored.image, stored.labels, place.centre, patch, variation.matrix)
-        return vary(image, variation), torch.from_numpy(self._class_of)[labels]
 
 
 def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> float:
