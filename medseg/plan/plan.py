@@ -226,8 +226,8 @@ class Plan(Strict):
     """Everything a run needs to know besides paths, device, seed and budget.
 
     ``optional_channels`` may be missing at prediction, and are then as if they held their mean
-    throughout. They may not be the first. Whether the network can do without them is a question of
-    how it was trained, which the plan does not answer.
+    throughout. They may not be the first. Training leaves them out now and then, as
+    `Augmentation.channel_dropout` has it; an imported model's may not have.
 
     With ``regions`` the network has one output for each, painted in their order, the later over the
     earlier.

@@ -4,7 +4,7 @@ whatever device it lies on."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,13 +102,11 @@ def _randomised(rng: np.random.Generator, variation: Variation, plan: Plan, conf
     own = rng.normal(0, _OWN_BRIGHTNESS, (channels, len(plan.labels) + 1))
     bias = rng.normal(0, _BIAS, _points(configuration, _BIAS_CELL))
     use = rng.random(3) < 0.5
-    return Variation(
-        **{
-            **variation.__dict__,
-            "curve": curve if use[0] else None,
-            "own": own if use[1] else None,
-            "bias": bias if use[2] else None,
-        }
+    return replace(
+        variation,
+        curve=curve if use[0] else None,
+        own=own if use[1] else None,
+        bias=bias if use[2] else None,
     )
 
 

@@ -27,7 +27,6 @@ T = TypeVar("T")
 _RAM_SHARE, _GPU_SHARE = 0.5, 0.25
 # On a CPU the network needs the cores itself; a GPU waits for nothing that four threads make.
 _THREADS = {"cpu": 1, "cuda": 4}
-_AHEAD_EACH = 2
 # How long closing waits for threads that a disk holds up.
 _PATIENCE = 5.0
 _UNKNOWN = -2
@@ -47,6 +46,7 @@ class Batches:
         self.plan, self.configuration, self.cases, self.seed, self.device = plan, configuration, cases, seed, device
         self._holders = holders(cases)
         self._class_of = _classes(plan)
+        self._as_they_are = np.array_equal(self._class_of[:-1], np.arange(len(self._class_of) - 1))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         size = sum(case.image.nbytes + 2 * case.labels.size for case in cases)
         self._on_device = device.type == "cuda" and size <= _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
@@ -128,10 +128,14 @@ class Batches:
     def _read(self, number: int, box: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
         case = self.cases[number]
         try:
-            image, labels = np.array(case.image[(slice(None), *box)]), np.asarray(case.labels[box])
+            image = np.require(case.image[(slice(None), *box)], requirements="W")  # as torch wants it
+            labels = np.asarray(case.labels[box])
         except (OSError, ValueError) as error:
             raise InputError(f"its preprocessed files cannot be read ({error})", _REMEDY, case=case.id) from None
-        classes = self._class_of[np.minimum(labels.astype(np.intp), len(self._class_of) - 1)]
+        last = len(self._class_of) - 1
+        if self._as_they_are and labels.size and labels.max() < last:  # no table, which takes thrice as long
+            return torch.from_numpy(image), torch.from_numpy(labels.astype(np.int16))
+        classes = self._class_of[np.minimum(labels.astype(np.intp), last)]
         if (classes == _UNKNOWN).any():
             strange = int(labels[classes == _UNKNOWN].min())
             raise InputError(f"it holds the label {strange}, which the plan does not know", _REMEDY, case=case.id)
@@ -165,7 +169,7 @@ class Feed(Generic[T]):
     ) -> None:
         device = getattr(make, "device", None)
         threads = threads or _THREADS.get(device.type if device is not None else "cpu", 1)
-        self._make, self._next, self._ahead, self._closed = make, first, ahead or _AHEAD_EACH * threads, False
+        self._make, self._next, self._ahead, self._closed = make, first, ahead or threads + 1, False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
         self._upcoming: deque[Future[T]] = deque()
         self._go_on()
