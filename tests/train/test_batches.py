@@ -191,13 +191,19 @@ def test_batches_come_in_order_whatever_each_takes(threads: int) -> None:
 
 
 def test_it_runs_ahead_so_far_and_no_further() -> None:
-    made = []
+    made: list[int] = []
+
+    def settle(count: int) -> list[int]:
+        ended = time.perf_counter() + 10
+        while len(made) < count and time.perf_counter() < ended:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return sorted(made)
+
     with Feed(lambda step: made.append(step) or step, threads=2, ahead=3) as feed:
-        time.sleep(0.2)
-        assert sorted(made) == [0, 1, 2]
+        assert settle(3) == [0, 1, 2]
         assert next(feed) == 0
-        time.sleep(0.2)
-        assert sorted(made) == [0, 1, 2, 3]
+        assert settle(4) == [0, 1, 2, 3]
 
 
 def test_what_a_thread_raises_is_raised_at_its_step_and_the_feed_closes() -> None:
@@ -206,13 +212,14 @@ def test_what_a_thread_raises_is_raised_at_its_step_and_the_feed_closes() -> Non
             raise InputError("it is broken", "Mend it", case="a")
         return step
 
-    before = threading.active_count()
     with pytest.raises(InputError, match="case a: it is broken"), Feed(fail, threads=3) as feed:  # noqa: PT012
         for step in range(3):
             assert next(feed) == step
         next(feed)
-    time.sleep(0.1)
-    assert threading.active_count() == before
+    ended = time.perf_counter() + 5
+    while any(thread.name.startswith("feed") for thread in threading.enumerate()):
+        assert time.perf_counter() < ended
+        time.sleep(0.01)
     with pytest.raises(StopIteration):
         next(feed)
     feed.close()
