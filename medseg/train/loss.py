@@ -3,7 +3,7 @@ answers at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,26 +61,17 @@ def of_classes(logits: Tensor, target: Tensor, *, ignoring: bool = False) -> Ans
     probability = log_probability[:, 1:].exp()
     # Gathered, not nll_loss, whose sum on a GPU is not the same every time.
     log_likelihood = log_probability.gather(1, target.clamp_min(0).unsqueeze(1)).squeeze(1)
-    counted = target != IGNORED if ignoring else None
-    return Answer(
-        probability if counted is None else probability * counted.unsqueeze(1), truth, log_likelihood, counted
-    )
+    return _counted(Answer(probability, truth, log_likelihood), target, ignoring)
 
 
-def of_regions(
-    logits: Tensor, target: Tensor, regions: tuple[tuple[int, ...], ...], *, ignoring: bool = False
-) -> Answer:
+def of_regions(logits: Tensor, target: Tensor, regions: Sequence[Sequence[int]], *, ignoring: bool = False) -> Answer:
     """Logits (B, R, ...), each of a region by itself, beside ``target`` (B, ...) of classes.
     ``regions`` lists the classes of each."""
     logits = logits.float()
-    truth = torch.stack(
-        [sum(((target == c) for c in region), torch.zeros_like(target, dtype=torch.bool)) for region in regions], 1
-    )
+    nowhere = torch.zeros_like(target, dtype=torch.bool)
+    truth = torch.stack([sum((target == c for c in region), nowhere) for region in regions], dim=1)
     probability, log_likelihood = logits.sigmoid(), F.logsigmoid(torch.where(truth, logits, -logits))
-    counted = target != IGNORED if ignoring else None
-    return Answer(
-        probability if counted is None else probability * counted.unsqueeze(1), truth, log_likelihood, counted
-    )
+    return _counted(Answer(probability, truth, log_likelihood), target, ignoring)
 
 
 def _counted(answer: Answer, target: Tensor, ignoring: bool) -> Answer:
