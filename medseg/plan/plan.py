@@ -187,7 +187,16 @@ class Configuration(Strict):
 
 
 class Augmentation(Strict):
-    """How far training patches are varied. ``mirror`` lists the axes (0 x, 1 y, 2 z) to flip."""
+    """How far training patches are varied. ``mirror`` lists the axes (0 x, 1 y, 2 z) to flip.
+
+    A share is the probability that a patch (or, of blur and low resolution, one of its channels) is
+    varied so. ``elastic`` is how far the points of a grid are moved, as a share of the 16 voxels that
+    lie between them: below 0.4 nothing folds. ``contrast`` is about the patch's mean. ``blur`` is the
+    largest standard deviation and ``low_resolution`` the largest enlargement of voxels, both in voxels
+    of the finest axis. ``channel_dropout``: how often each optional channel is missing.
+    ``domain_randomisation`` is for models that must travel to other scanners and sequences: everything
+    far stronger, random contrast curves, a brightness of its own for each structure and a bias field.
+    """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
     scaling: Annotated[float, Field(ge=0, lt=0.9)] = 0.2
@@ -196,17 +205,36 @@ class Augmentation(Strict):
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.3
     noise: Annotated[float, Field(ge=0, le=2)] = 0.1
     mirror: tuple[Literal[0, 1, 2], ...] = ()
+    elastic: Annotated[float, Field(ge=0, le=0.4)] = _unless(0.2)
+    elastic_share: Share = _unless(0.0)
+    contrast: Annotated[float, Field(ge=0, lt=1)] = _unless(0.0)
+    blur: Annotated[float, Field(ge=0, le=8)] = _unless(1.0)
+    blur_share: Share = _unless(0.0)
+    low_resolution: Annotated[float, Field(ge=1, le=16)] = _unless(2.0)
+    low_resolution_share: Share = _unless(0.0)
+    channel_dropout: Share = _unless(0.25)
+    domain_randomisation: bool = _unless(False)
 
 
 class Training(Strict):
     """How to train, whatever the configuration. An "epoch" of ``steps_per_epoch`` is how often a run
-    writes down how it stands; how long it takes is in each configuration's ``steps``."""
+    writes down how it stands; how long it takes is in each configuration's ``steps``.
+
+    ``class_share``: of the patches that are centred on a structure, so many draw the structure first
+    and then a case that has it, so that one in a case of a hundred is seen as often as any. ``loss``
+    names one of `medseg.train.loss`. Voxels with the number ``ignore_label`` count for nothing.
+    """
 
     learning_rate: Decision[Annotated[float, Field(gt=0, lt=1)]]
     weight_decay: Decision[Annotated[float, Field(ge=0, lt=1)]]
     foreground_share: Decision[Share]
     augmentation: Decision[Augmentation]
     steps_per_epoch: Count = 50
+    class_share: Share = _unless(0.5)
+    loss: Literal["dice-cross-entropy", "dice", "cross-entropy", "dice-focal", "tversky", "dice-boundary"] = _unless(
+        "dice-cross-entropy"
+    )
+    ignore_label: Annotated[int, Field(ge=1, le=65_535)] | None = _unless(None)
 
 
 class Region(Strict):
@@ -222,8 +250,8 @@ class Plan(Strict):
     """Everything a run needs to know besides paths, device and seed.
 
     ``optional_channels`` may be missing at prediction, and are then as if they held their mean
-    throughout. They may not be the first. Whether the network can do without them is a question of
-    how it was trained, which the plan does not answer.
+    throughout. They may not be the first. Training leaves them out now and then, as
+    `Augmentation.channel_dropout` has it; an imported model's may not have.
 
     With ``regions`` the network has one output for each, painted in their order, the later over the
     earlier.
@@ -260,6 +288,8 @@ class Plan(Strict):
             raise ValueError(f"normalisation {', '.join(sorted(kinds))} goes with the grid 'shape'")
         if unknown := {r.number for r in self.regions} - set(self.label_set.numbers):
             raise ValueError(f"regions are painted as {sorted(unknown)}, which no label has")
+        if self.training.ignore_label in self.label_set.numbers:
+            raise ValueError(f"label {self.training.ignore_label} cannot be both learnt and ignored")
         return self
 
     @property

@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,15 +21,14 @@ from medseg.evaluate.overlap import dice
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
-from medseg.io.store import CaseStore, StoredCase
+from medseg.io.store import CaseStore
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Configuration, Plan
-from medseg.train.augment import cut, draw, vary
-from medseg.train.loss import supervised
+from medseg.train.batches import Batches, Feed
+from medseg.train.loss import loss_of, supervised
 from medseg.train.picture import Rgb, picture, side_by_side
 from medseg.train.ranks import ALONE, Ranks
-from medseg.train.sample import draw_case, draw_place
 
 _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS, _PICTURED = 10, 4
@@ -42,6 +40,9 @@ _LOOKED_AT_ONCE = 16
 _FITTING = 0.1
 # After a loss that was no number the learning rate is this share of what it was.
 _TAMED = 0.5
+
+
+Loss = Callable[[Tensor | list[Tensor], Tensor], Tensor]
 
 
 class StoppedError(MedsegError):
@@ -107,8 +108,8 @@ def train(
     device = ranks.device(pick_device(setup.device))
     _repeatable(setup.deterministic, device)
     configuration = plan.configuration(setup.configuration)
-    if plan.regions or configuration.previous is not None:
-        raise InputError("training for regions, or on another model's labels, is not done here", "Plan anew")
+    if configuration.previous is not None:
+        raise InputError("training on another model's labels is not done here", "Plan anew")
     if configuration.steps is None:
         raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")
     store.require(plan.preparation(setup.configuration), setup.configuration)
@@ -207,6 +208,7 @@ class Learner:
     average: nn.Module
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    loss: Loss
     base_rate: float
     ranks: Ranks
     step: int = 0
@@ -227,7 +229,7 @@ class Learner:
     ) -> Learner:
         """One that has learnt nothing yet, or what ``start`` has."""
         torch.manual_seed(seed)
-        network = build(configuration, len(plan.channels), len(plan.labels) + 1)
+        network = build(configuration, len(plan.channels), plan.outputs)
         if start:
             network.load_state_dict(fitting(start, network)[0], strict=False)
         network = network.to(device)
@@ -237,30 +239,25 @@ class Learner:
         )
         scaler = torch.amp.GradScaler(device.type, enabled=torch_precision(device) == "f16")
         average = copy.deepcopy(network).eval()
-        return cls(network, average, optimiser, scaler, training.learning_rate.value, ranks)
+        return cls(network, average, optimiser, scaler, loss_of(plan), training.learning_rate.value, ranks)
 
     def stretches(self, batches: Batches, steps: int, every: int) -> Iterator[list[float]]:
         """Train on to the end, giving losses step by step; on a GPU, where to ask for each as it comes
         would keep the next step waiting, some steps at a time, but never across a record."""
         at_once = 1 if batches.device.type == "cpu" else _LOOKED_AT_ONCE
         network = self.ranks.wrap(self.network)
-        with ThreadPoolExecutor(1) as ahead:
-            upcoming = ahead.submit(batches, self.step)
-            try:
-                while self.step < steps:
-                    losses = []
-                    for _ in range(min(at_once, steps - self.step, every - self.step % every)):
-                        images, targets = upcoming.result()
-                        upcoming = ahead.submit(batches, self.step + 1)
-                        self.rate = self.base_rate * _TAMED**self.setbacks * schedule(self.step / steps)
-                        for group in self.optimiser.param_groups:
-                            group["lr"] = self.rate
-                        losses.append(train_step(network, self.optimiser, images, targets, self.scaler))
-                        self.step += 1
-                        _average(self.average, self.network, self.step)
-                    yield self.ranks.mean(torch.stack(losses)).tolist()
-            finally:
-                upcoming.cancel()
+        with Feed(batches, self.step) as feed:
+            while self.step < steps:
+                losses = []
+                for _ in range(min(at_once, steps - self.step, every - self.step % every)):
+                    images, targets = next(feed)
+                    self.rate = self.base_rate * _TAMED**self.setbacks * schedule(self.step / steps)
+                    for group in self.optimiser.param_groups:
+                        group["lr"] = self.rate
+                    losses.append(train_step(network, self.optimiser, images, targets, self.loss, self.scaler))
+                    self.step += 1
+                    _average(self.average, self.network, self.step)
+                yield self.ranks.mean(torch.stack(losses)).tolist()
 
     def save(self, log: RunLog, identity: dict[str, Any]) -> None:
         """Write a checkpoint."""
@@ -343,6 +340,7 @@ def train_step(
     optimiser: torch.optim.Optimizer,
     images: Tensor,
     targets: Tensor,
+    loss: Loss = supervised,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """One step, in half precision where the device is made for it; returns the loss, which is no number
@@ -352,58 +350,20 @@ def train_step(
     half = torch.float16 if precision == "f16" else torch.bfloat16
     with torch.autocast(images.device.type, half, enabled=precision != "f32"):
         outputs = network(images)
-    loss = supervised(outputs, targets)
+    value = loss(outputs, targets)
     optimiser.zero_grad(set_to_none=True)
     if scaler is None or not scaler.is_enabled():
-        loss.backward()
+        value.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
         optimiser.step()
-        return torch.where(norm.isfinite(), loss.detach(), torch.nan)
+        return torch.where(norm.isfinite(), value.detach(), torch.nan)
     # Gradients that overflow half precision are the scaler's business: it leaves such a step out.
-    scaler.scale(loss).backward()
+    scaler.scale(value).backward()
     scaler.unscale_(optimiser)
     nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
     scaler.step(optimiser)
     scaler.update()
-    return loss.detach()
-
-
-class Batches:
-    """The batch of each step: called with its number, from any thread, in any order."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        configuration: Configuration,
-        cases: list[StoredCase],
-        seed: int,
-        device: torch.device,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.plan, self.configuration, self.cases, self.seed, self.device = plan, configuration, cases, seed, device
-        self._share = ranks.share(configuration.batch.value)
-        numbers = np.array([0, *plan.label_set.numbers])
-        self._class_of = np.zeros(numbers.max() + 1, dtype=np.int64)
-        self._class_of[numbers] = np.arange(len(numbers))
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *patch) and classes (B, *patch); 2D patches without their slice axis."""
-        batch, flat = self.configuration.batch.value, self.configuration.slice_axis
-        pairs = [self._one(step * batch + i) for i in self._share]
-        images, targets = torch.stack([i for i, _ in pairs]), torch.stack([t for _, t in pairs])
-        if flat is not None:
-            images, targets = images.squeeze(2 + flat), targets.squeeze(1 + flat)
-        return images.to(self.device), targets.to(self.device)
-
-    def _one(self, number: int) -> tuple[Tensor, Tensor]:
-        training, patch = self.plan.training, self.configuration.patch.value
-        rng = np.random.default_rng([self.seed, 0, number])
-        case = draw_case(self.seed, number, len(self.cases))
-        place = draw_place(rng, self.cases, case, patch, training.foreground_share.value)
-        variation = draw(rng, training.augmentation.value, self.configuration, len(self.plan.channels))
-        stored = self.cases[case]
-        image, labels = cut(stored.image, stored.labels, place.centre, patch, variation.matrix)
-        return vary(image, variation), torch.from_numpy(self._class_of)[labels]
+    return value.detach()
 
 
 def _repeatable(deterministic: bool, device: torch.device) -> None:
@@ -431,7 +391,7 @@ def validate(
     """Mean Dice over the cases, of all labels as "dice", and of each as "dice_by_label"; and a picture of
     the first few of them."""
     scores: dict[str, list[float]] = {label.name: [] for label in plan.label_set}
-    engine = TorchEngine([network], plan.configuration(configuration), len(plan.labels) + 1, device)
+    engine = TorchEngine([network], plan.configuration(configuration), plan.outputs, device)
     pictures: list[Rgb] = []
     for _, volume, reference in cases:
         found = segment(engine, volume, plan, configuration).label_map

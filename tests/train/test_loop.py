@@ -26,8 +26,8 @@ from medseg.models.package import ModelPackage
 from medseg.plan.plan import Decision, Plan
 from medseg.preprocess.regrid import preprocess
 from medseg.train import loop
+from medseg.train.batches import Batches
 from medseg.train.loop import (
-    Batches,
     Progress,
     Setup,
     StoppedError,
