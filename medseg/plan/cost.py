@@ -35,8 +35,8 @@ _BUFFERS = {"cpu": 15 * 2**20, "gpu": 0}
 # allocator leaves unused.
 BASE_RAM = {"cpu": 700 * 2**20, "gpu": 2500 * 2**20}
 GPU_OVERHEAD = 900 * 2**20
-# Cases that are predicted whole while training, and how often.
-_VALIDATED, _VALIDATIONS = 8, 10
+# Cases that are predicted whole while training, how often, and after how many steps at the soonest.
+_VALIDATED, _VALIDATIONS, _EVERY = 8, 10, 50
 
 
 Kind = Literal["cpu", "gpu"]
@@ -130,13 +130,17 @@ def _convolutions(network: Network, voxels: list[int], channels: int, classes: i
 
 @dataclass(frozen=True)
 class Cases:
-    """The training cases as they come: how many, and a typical one's voxels on its own grid and on the
-    network's."""
+    """The training cases: how many, a typical one's voxels on its own grid, its shape on the network's,
+    and all voxels there."""
 
     count: int
     own_voxels: float
-    voxels: float
+    shape: tuple[float, float, float]
     voxels_in_all: float
+
+    @property
+    def voxels(self) -> float:
+        return math.prod(self.shape)
 
 
 def disk_bytes(cases: Cases, channels: int, label_voxels: float) -> int:
@@ -148,17 +152,24 @@ def disk_bytes(cases: Cases, channels: int, label_voxels: float) -> int:
 def ram_bytes(cases: Cases, channels: int, classes: int, memory_bytes: int, *, kind: Kind) -> int:
     """The whole training process: libraries, validation scans as they are stored, one of them being
     predicted, and, where there is no GPU that holds it, the network."""
-    scans = min(_VALIDATED, max(1, cases.count // 5)) * cases.own_voxels * (2 * channels + 1)
+    scans = _watched(cases) * cases.own_voxels * (2 * channels + 1)
     predicted = cases.voxels * 4 * (channels + classes / 2)
     return int(BASE_RAM[kind] + scans + predicted + (memory_bytes if kind == "cpu" else 0))
 
 
-def validation_seconds(configuration: Configuration, cases: Cases, seconds_per_step: float) -> float:
-    """All predictions of held-out cases while training, reckoned from a step: tiles overlap by half."""
-    patch = configuration.patch.value
-    tiles = max(1.0, cases.voxels / math.prod(patch)) * (4.0 if cases.voxels > 1.5 * math.prod(patch) else 1.0)
+def validation_seconds(configuration: Configuration, cases: Cases, steps: float, seconds_per_step: float) -> float:
+    """All predictions of held-out cases while training so many steps, reckoned from one: of a step a third
+    is the forward pass, and a prediction's tiles overlap by half."""
+    tiles = math.prod(
+        1 + math.ceil(max(0.0, n - p) / (p / 2)) for n, p in zip(cases.shape, configuration.patch.value, strict=True)
+    )
     tile = seconds_per_step * _FORWARD / configuration.batch.value
-    return _VALIDATIONS * min(_VALIDATED, max(1, cases.count // 5)) * tiles * tile
+    times = min(_VALIDATIONS, max(1.0, steps / _EVERY)) + 1
+    return times * _watched(cases) * tiles * tile
+
+
+def _watched(cases: Cases) -> int:
+    return min(_VALIDATED, max(1, cases.count // 5))
 
 
 def require_room(

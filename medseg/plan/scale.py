@@ -162,7 +162,8 @@ class Chooser:
     def _cases(self, configuration: Configuration) -> Cases:
         voxels = self.measured.shapes_at(configuration.spacing.value).prod(axis=1)
         own = float(np.median(self.measured.shapes.prod(axis=1)))
-        return Cases(len(voxels), own, float(np.median(voxels)), float(voxels.sum()))
+        x, y, z = self.measured.typical_shape(configuration.spacing.value)
+        return Cases(len(voxels), own, (float(x), float(y), float(z)), float(voxels.sum()))
 
     def _ram(self, candidate: _Candidate, memory: int) -> int:
         cases = self._cases(candidate.configuration)
@@ -212,7 +213,9 @@ class Chooser:
 
     def _aside(self, candidate: _Candidate, budget: float, seconds: float) -> float:
         """Seconds of a budget that do not go to steps: start, validation, calibration."""
-        watching = cost.validation_seconds(candidate.configuration, self._cases(candidate.configuration), seconds)
+        watching = cost.validation_seconds(
+            candidate.configuration, self._cases(candidate.configuration), budget / seconds, seconds
+        )
         aside = _START_SECONDS[self.target.kind] + watching + _ELSE_SHARE * budget
         return min(aside, _MOST_ASIDE * budget)
 
@@ -229,7 +232,7 @@ class Chooser:
         steps = self._steps(chosen, budget, seconds)
         memory = step.memory_bytes if step else chosen.estimate.memory_bytes
         cases = self._cases(made)
-        watching = cost.validation_seconds(made, cases, seconds)
+        watching = cost.validation_seconds(made, cases, steps, seconds)
         rest = _START_SECONDS[self.target.kind] + watching + _ELSE_SHARE * steps * seconds
         hours = (steps * seconds + rest) / 3600
         costs = Cost(

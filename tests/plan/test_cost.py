@@ -6,7 +6,7 @@ import pytest
 
 from medseg.core.errors import InputError
 from medseg.models.build import build
-from medseg.plan.cost import Cases, disk_bytes, estimate, ram_bytes, require_room
+from medseg.plan.cost import Cases, disk_bytes, estimate, ram_bytes, require_room, validation_seconds
 
 
 @pytest.mark.parametrize("options", [{}, {"dimensions": 2, "slice_axis": 2, "patch": (32, 32, 1)}])
@@ -72,8 +72,17 @@ def test_what_is_said_to_fit_does(small_plan: Any) -> None:
     require_room(smaller, 1, 3, need // 3, kind="cpu", half=False)
 
 
+def test_validation_is_tiles_times_cases_times_how_often(small_plan: Any) -> None:
+    """Along the axes 100, 40 and 30 voxels long 32 go 6, 2 and 1 times, with steps of 16."""
+    c = small_plan(patch=(32, 32, 32), features=(4, 8), batch=2).configuration("3d")
+    cases = Cases(count=20, own_voxels=1.0, shape=(100.0, 40.0, 30.0), voxels_in_all=1.0)
+    tile = 0.6 / 3 / 2
+    assert validation_seconds(c, cases, 5000, 0.6) == pytest.approx(11 * 4 * 12 * tile)
+    assert validation_seconds(c, cases, 100, 0.6) == pytest.approx(3 * 4 * 12 * tile)
+
+
 def test_disk_and_ram_of_cases_with_the_answer_known() -> None:
-    cases = Cases(count=10, own_voxels=1e6, voxels=1e6, voxels_in_all=1e7)
+    cases = Cases(count=10, own_voxels=1e6, shape=(100, 100, 100), voxels_in_all=1e7)
     assert disk_bytes(cases, 2, 1000) == 5 * 10**7 + 8000
     more = [ram_bytes(cases, channels, 3, 0, kind="cpu") for channels in (1, 2)]
     # Two scans for validation as they are stored, and one being predicted as floats.
