@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 
 from medseg.models.evaluation import Figure
 
@@ -30,8 +31,9 @@ def bootstrap(
     subjects with replacement: the cases of one subject are alike, and tell less than as many subjects.
 
     ``subjects`` (cases,) says whose each case is. None where nothing counts, and no interval where
-    the subjects are fewer than two. With few subjects the interval is too narrow: it knows no others.
-    Deterministic. Efron, "Bootstrap methods: another look at the jackknife", 1979.
+    the subjects are fewer than two. Percentiles of few subjects lie too close together; they are taken
+    further out, as Student's t is wider than the normal (Hesterberg, "What teachers should know about
+    the bootstrap", Am. Stat. 2015, "expanded percentile interval"). Deterministic.
     """
     mean = mean_over_labels(values)
     if np.isnan(mean):
@@ -48,5 +50,6 @@ def bootstrap(
     # A label that no drawn case has counts for nothing in that draw.
     means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
     drawn = means.sum(axis=1) / (counts > 0).sum(axis=1)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    tail = ndtr(-np.sqrt(len(names) / (len(names) - 1)) * stdtrit(len(names) - 1, (1 + level) / 2))
+    low, high = np.quantile(drawn, [tail, 1 - tail])
     return Figure(mean=mean, low=float(low), high=float(high))

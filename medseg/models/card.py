@@ -195,7 +195,7 @@ def _limits(package: ModelPackage) -> Iterator[str]:
     yield "- Not tried on scans of other scanners, protocols, ages or diseases than those of its data."
     yield "- The reference is what the data's owners outlined; Dice says nothing about where a border should have been."
     if package.evaluation and package.evaluation.subjects < 20:
-        yield f"- {package.evaluation.subjects} subjects are few: the intervals are too narrow."
+        yield f"- {package.evaluation.subjects} subjects are few: what they do not show is not in the intervals."
     yield "- A person looks at each result before it is used for anything."
 
 
