@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from medseg.models.card import card
-from medseg.models.package import load_package
+from medseg.models.package import load_package, save_package
+from medseg.models.refinement import Refinement, Rule
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,21 @@ def test_folds_that_were_edited_since_are_noticed(medseg: Any, mine: Path) -> No
     folds["folds"][0], folds["folds"][1] = folds["folds"][1], folds["folds"][0]
     (mine / "folds.json").write_text(json.dumps(folds))
     medseg("choose", mine, "--threads", 1).refused("3d fold 0 was trained on other cases than", "folds.json says")
+
+
+def test_rules_are_shown_where_a_package_has_some(medseg: Any, chosen: tuple[Path, Any], tmp_path: Path) -> None:
+    rules = (
+        Rule(name="left blob", number=1, largest=True),
+        Rule(name="right blob", number=2, smallest_mm3=12.5),
+    )
+    save_package(tmp_path / "p", replace(load_package(chosen[0] / "model"), refinement=Refinement(rules=rules)))
+    facts = json.loads(medseg("models", "info", tmp_path / "p", "--json").out)
+    assert facts["post_processing"] == ["left blob: its largest piece alone", "right blob: no piece below 12.5 mm3"]
+
+
+def test_all_folds_are_one_process(medseg: Any, planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    medseg("train", planned, "--all-folds", "--threads", 1).refused("--all-folds is one process", "torchrun")
 
 
 def test_a_run_with_nothing_to_choose_from(medseg: Any, planned: Path, tmp_path: Path) -> None:
