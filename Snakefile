@@ -11,12 +11,14 @@ include: "pipelines/prepare.smk"
 include: "pipelines/train.smk"
 include: "pipelines/predict.smk"
 include: "pipelines/evaluate.smk"
+include: "pipelines/choose.smk"
 include: "pipelines/report.smk"
 
 
 rule all:
     input:
         reports(),
+        models(),
     default_target: True
     localrule: True
 

@@ -109,6 +109,12 @@ def minutes(wildcards):
     return int(1.2 * sum(float(n) * units[u] for n, u in parts)) + 10
 
 
+def models():
+    """The models of all folds, where all are trained and one is wanted."""
+    whole = config["choose"] == "auto" and set(FOLDS) == set(range(config["of_folds"]))
+    return [f"{RESULTS}/{task}/model/package.json" for task in TASKS] if whole else []
+
+
 def reports():
     return [f"{RESULTS}/{task}/report.html" for task in TASKS]
 
@@ -116,3 +122,5 @@ def reports():
 def print_reports():
     for path in reports():
         print(f"report: {path}", file=sys.stderr)
+    for path in models():
+        print(f"model: {Path(path).parent}", file=sys.stderr)

@@ -6,6 +6,7 @@ rule report:
         expand(
             RESULTS + "/{{task}}/{configuration}/fold{fold}/metrics.json", configuration=CONFIGURATIONS, fold=FOLDS
         ),
+        lambda wildcards: [path for path in models() if path == f"{RESULTS}/{wildcards.task}/model/package.json"],
     output:
         RESULTS + "/{task}/report.html",
         RESULTS + "/{task}/report.md",

@@ -176,6 +176,11 @@ class RunFolder:
         """Checkpoints, apart from everything that a workflow declares as output and may delete."""
         return self.path / "checkpoints" / configuration / f"fold{fold}"
 
+    @property
+    def model(self) -> Path:
+        """The package that `medseg choose` makes of the folds."""
+        return self.path / "model"
+
     def task(self) -> Task:
         """The task that the run was planned for. Raises InputError where it is not there any more."""
         from medseg.dataset.task import load_task

@@ -10,6 +10,7 @@ import click
 
 from medseg import __version__
 from medseg.cli.check import check
+from medseg.cli.choose import choose
 from medseg.cli.convert import convert
 from medseg.cli.evaluate import evaluate
 from medseg.cli.inspect import inspect
@@ -30,7 +31,7 @@ def cli() -> None:
 
     \b
     A scan in, a label map out:   inspect, predict, convert
-    A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, report
+    A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, choose, report
     Models of nnU-Net and others: models
     Data with known truth:        phantom
 
@@ -38,7 +39,8 @@ def cli() -> None:
     """
 
 
-for command in (inspect, convert, check, plan, preprocess, train, predict, evaluate, report, models, phantom):
+VERBS = (inspect, convert, check, plan, preprocess, train, predict, evaluate, choose, report, models, phantom)
+for command in VERBS:
     cli.add_command(command)
 
 

@@ -133,9 +133,21 @@ def _facts(package: ModelPackage, folder: Path) -> dict[str, Any]:
         "family": configuration.network.value.family,
         "training_cases": cases,
         "origin": package.provenance.get("imported", "medseg"),
+        **_decided(package),
         "engines": sorted(package.engines),
         "checksums": "as written",
         "bytes": size_of(folder),
+    }
+
+
+def _decided(package: ModelPackage) -> dict[str, Any]:
+    """Post-processing; and what `medseg choose` measured, where it made the package."""
+    rules = package.refinement.rules if package.refinement else ()
+    known = package.evaluation
+    return {
+        "post_processing": [f"{rule.name}: {rule}" for rule in rules] or ["none"],
+        "out_of_fold_dice": str(known.dice) if known else None,
+        "out_of_fold_cases": known.cases if known else None,
     }
 
 

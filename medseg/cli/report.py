@@ -39,7 +39,7 @@ def report(run: Path, output: Path | None) -> None:
         description=task.description,
         cases=len(task.cases),
         folds=len(folds),
-        decisions=tuple(_decisions(plan)),
+        decisions=(*_chosen(folder), *_decisions(plan)),
         scored=scored,
         curves=curves,
         overlays=tuple(_overlays(folder, task, scored)),
@@ -104,6 +104,21 @@ def _overlays(folder: RunFolder, task: Task, scored: tuple[Scored, ...]) -> Iter
             )
 
 
+def _chosen(folder: RunFolder) -> Iterator[Decision]:
+    """The model that `medseg choose` made, where it did."""
+    from medseg.models.package import INDEX, load_package
+    from medseg.report.page import Decision
+
+    if not (folder.model / INDEX).exists():
+        return
+    package = load_package(folder.model)
+    if known := package.evaluation:
+        networks = f"{package.configuration_name}, the average of {len(package.members)} folds"
+        yield Decision("model", networks, f"the best mean Dice out of fold: {known.dice}, on {known.cases} cases")
+        for rule in package.refinement.rules if package.refinement else ():
+            yield Decision(f"post-processing of {rule.name}", str(rule), "it helps out of fold")
+
+
 def _decisions(plan: Plan) -> Iterator[Decision]:
     from medseg.report.page import Decision
 
@@ -134,6 +149,8 @@ def _commands(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[str]:
         yield f"medseg train RUN -c {one.configuration} --fold {one.fold} {_length(folder, one)}".rstrip()
         yield f"medseg predict TASK --held-out -m {package}/model -o {package}/predictions"
         yield f"medseg evaluate {package}/predictions TASK -o {package}"
+    if folder.model.exists():
+        yield "medseg choose RUN"
     yield "medseg report RUN"
 
 

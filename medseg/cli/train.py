@@ -16,12 +16,12 @@ import click
 from medseg.cli.common import (
     FOLDER,
     RunFolder,
-    configuration_option,
     device_option,
     seed_option,
     threads_option,
     use_cores,
 )
+from medseg.cli.folds import all_folds as every_fold
 
 # Cases predicted whole, now and then, while training; and those on which engines are compared.
 _VALIDATED, _COMPARED = 8, 3
@@ -32,7 +32,14 @@ _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 
 @click.command()
 @click.argument("run", type=FOLDER)
-@configuration_option
+@click.option(
+    "-c",
+    "--configuration",
+    "configurations",
+    multiple=True,
+    help="One of the plan's configurations.  [default: 3d; with --all-folds all, and may be repeated]",
+)
+@click.option("--all-folds", is_flag=True, help="Train, predict and evaluate every fold, then choose: see below.")
 @click.option("--fold", type=click.IntRange(min=0), default=0, show_default=True, help="Fold of folds.json.")
 @click.option("--checkpoints", type=FOLDER, help="Folder for checkpoints and logs.  [default: RUN/checkpoints]")
 @click.option("--from", "start", type=FOLDER, help="A model to start from, as far as its layers fit.")
@@ -42,7 +49,8 @@ _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 @threads_option
 def train(
     run: Path,
-    configuration: str,
+    configurations: tuple[str, ...],
+    all_folds: bool,
     fold: int,
     checkpoints: Path | None,
     start: Path | None,
@@ -57,10 +65,29 @@ def train(
     checkpoint when it is started again, and ends with the same weights. SIGTERM, SIGUSR1 and ctrl-C
     write a checkpoint first; the exit status is then 75, "try again". With several GPUs:
     torchrun --nproc-per-node 4 -m medseg train RUN
+
+    With --all-folds each fold of each configuration is preprocessed, trained, predicted and evaluated,
+    one after the other, and `medseg choose` makes one model of them, RUN/model. What is done already
+    is left as it is.
     """
     if deterministic:  # read by CUDA's library of matrices when it is loaded
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cores = use_cores(threads)
+    if all_folds:
+        _refuse_torchrun()
+        every_fold(
+            run,
+            configurations,
+            seed=seed,
+            device=device,
+            threads=threads,
+            checkpoints=checkpoints,
+            deterministic=deterministic,
+        )
+        return
+    if len(configurations) > 1:
+        raise click.UsageError("Several configurations go with --all-folds")
+    configuration = configurations[0] if configurations else "3d"
     from tqdm import tqdm
 
     from medseg.core.errors import InputError
@@ -161,6 +188,15 @@ def train(
             click.echo(
                 f"{name} gives other labels than torch (Dice {found.least_dice:.4f}) and is not used unless asked for"
             )
+
+
+def _refuse_torchrun() -> None:
+    from torch import distributed
+
+    from medseg.core.errors import InputError
+
+    if distributed.is_torchelastic_launched():
+        raise InputError("--all-folds is one process", "Train each fold by torchrun, then run `medseg choose`")
 
 
 @contextlib.contextmanager

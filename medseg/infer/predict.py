@@ -16,7 +16,7 @@ from medseg.core.shape import cut, pieces
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.budget import within
 from medseg.infer.engine import Engine, open_engine
-from medseg.infer.refine import chosen, keep_only, without_small
+from medseg.infer.refine import chosen, keep_only, refined, without_small
 from medseg.infer.scout import scout, scouting
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.trust import Flag, Found, expected_dice, review
@@ -28,6 +28,9 @@ from medseg.plan.plan import Plan
 from medseg.preprocess.regrid import home_thick, masked, network_grid, occupied, preprocess
 
 Thoroughness = Literal["quick", "normal", "quality"]
+
+# More than this share of a structure taken away by the model's own post-processing is told.
+_MUCH = 0.1
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Predictor:
         progress: Progress = silent,
         force: bool = False,
     ) -> Prediction:
-        """Segment a scan.
+        """Segment a scan. The labels are those after the package's own post-processing, if it has any.
 
         ``only`` names the structures to give (all unless named); pieces smaller than ``smallest_mm3``
         are taken away. With ``probability`` each voxel's is given, of whatever won it; ``keep`` is
@@ -150,13 +153,20 @@ class Predictor:
             progress=progress,
             temperature=calibration.temperature if calibration else 1.0,
         )
-        label_map, removed = without_small(keep_only(made.label_map, labels), smallest_mm3)
+        refinement = self.package.refinement
+        label_map, shares = refined(keep_only(made.label_map, labels), refinement.rules if refinement else ())
+        label_map, removed = without_small(label_map, smallest_mm3)
         organs = describe(label_map, made.tally, self.package.plan.label_set.numbers, calibration)
         found = [Found(o.name, o.number, o.volume_ml, o.cut, o.pieces, o.predicted_dice) for o in organs]
         flags = review(found, mismatches, self.package.experience, calibration)
         if not any(o.voxels for o in organs):
             flags += (Flag(None, "nothing was found"),)
         warnings = [flag.reason for flag in flags]
+        warnings += [
+            f"{share:.0%} of {name} was taken away as loose pieces, as post-processing of this model does"
+            for name, share in shares.items()
+            if share > _MUCH
+        ]
         warnings += [f"{count} small pieces of {name} were taken away" for name, count in removed.items()]
         warnings += self.engine.notes
         return Prediction(

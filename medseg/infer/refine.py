@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
-from medseg.core.shape import connected
+from medseg.core.shape import Parts, connected
 from medseg.core.volume import LabelMap
+from medseg.models.refinement import Rule
 
 
 def chosen(labels: LabelSet, names: Sequence[str]) -> LabelSet:
@@ -48,8 +50,33 @@ def without_small(label_map: LabelMap, smallest_mm3: float) -> tuple[LabelMap, d
     small = (parts.sizes < smallest_mm3 / label_map.grid.voxel_volume) & (parts.numbers > 0)
     if not small.any():
         return label_map, {}
-    values = label_map.values.copy(order="K")
-    values[small[parts.index]] = 0
     counts = np.bincount(parts.numbers[small])
     removed = {label.name: int(counts[label.number]) for label in label_map.labels if label.number < len(counts)}
-    return LabelMap(values, label_map.grid, label_map.labels), {name: n for name, n in removed.items() if n}
+    return _without(label_map, parts, small), {name: n for name, n in removed.items() if n}
+
+
+def refined(label_map: LabelMap, rules: Sequence[Rule]) -> tuple[LabelMap, dict[str, float]]:
+    """The map after a model's rules for its structures, and of what share of its voxels each structure
+    was rid (those of which none was are not named). What goes becomes background.
+
+    Rules for structures that the map does not have do nothing.
+    """
+    known = [rule for rule in rules if rule.number in label_map.labels.numbers]
+    if not known:
+        return label_map, {}
+    parts = connected(label_map.values)
+    goes = np.zeros(len(parts.sizes), dtype=np.bool_)
+    shares = {}
+    for rule in known:
+        mine = np.flatnonzero(parts.numbers == rule.number)
+        sizes = parts.sizes[mine]
+        goes[mine] = ~rule.kept(sizes, label_map.grid.voxel_volume)
+        if gone := int(sizes[goes[mine]].sum()):
+            shares[rule.name] = gone / int(sizes.sum())
+    return (_without(label_map, parts, goes), shares) if shares else (label_map, {})
+
+
+def _without(label_map: LabelMap, parts: Parts, goes: NDArray[np.bool_]) -> LabelMap:
+    values = label_map.values.copy(order="K")
+    values[goes[parts.index]] = 0
+    return LabelMap(values, label_map.grid, label_map.labels)

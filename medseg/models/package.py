@@ -18,8 +18,11 @@ from medseg.core.provenance import digest
 from medseg.io.files import new_folder, read_json, write_bytes, write_json, write_text
 from medseg.models.build import build
 from medseg.models.calibration import Calibration
+from medseg.models.card import card
+from medseg.models.evaluation import Evaluation
 from medseg.models.experience import Experience
 from medseg.models.portable import NotPortableError, check, export, layout
+from medseg.models.refinement import Refinement
 from medseg.plan.plan import Configuration, Finite, Plan, Share, Strict, read_plan, write_plan
 
 if TYPE_CHECKING:
@@ -27,14 +30,16 @@ if TYPE_CHECKING:
 
 INDEX = "package.json"
 EXPERIENCE, CALIBRATION = "experience.json", "calibration.json"
+REFINEMENT, EVALUATION = "refinement.json", "evaluation.json"
+_TOLD = (EXPERIENCE, CALIBRATION, REFINEMENT, EVALUATION)
 M = TypeVar("M", bound=BaseModel)
 PREVIOUS = "previous"
 _ANOTHER = "Get the package again, or train it anew"
 
 
 class Agreement(Strict):
-    """How far an engine's results are those of torch in float32, on cases that no member was trained
-    on: the largest difference of a logit, the share of voxels with the same label, and the least
+    """How far an engine's results are those of torch in float32, on some cases (of a single fold, held-out
+    ones): the largest difference of a logit, the share of voxels with the same label, and the least
     Dice of a label between the two."""
 
     precision: str
@@ -96,7 +101,8 @@ class ModelPackage:
     """A trained model. ``members`` are the weights of one network per fold, by tensor name, in memory
     or in files; ``graphs`` the members' ONNX files, none where ``not_portable`` says why;
     ``held_out`` names the cases that no member was trained on. ``experience`` says what scans it was
-    trained on, ``calibration`` how far its probabilities can be believed, where that is known.
+    trained on, ``calibration`` how far its probabilities can be believed, ``evaluation`` how good it is,
+    where that is known; ``refinement`` is what is done to its labels once they are decided.
     ``previous`` is the stage whose labels it takes as further channels; it lies in a folder of that name."""
 
     plan: Plan
@@ -110,6 +116,8 @@ class ModelPackage:
     engines: dict[str, Agreement] = field(default_factory=dict)
     experience: Experience | None = None
     calibration: Calibration | None = None
+    refinement: Refinement | None = None
+    evaluation: Evaluation | None = None
     previous: ModelPackage | None = None
 
     @property
@@ -132,9 +140,12 @@ class ModelPackage:
         return f"{self.plan.task} {self.configuration_name}"
 
     def digest(self) -> str:
-        """SHA-256 of plan, configuration and weights: which model this is, wherever it lies."""
+        """SHA-256 of all that its labels follow from (plan, configuration, weights, post-processing): which
+        model this is, wherever it lies."""
         before = [self.previous.digest()] if self.previous else []
-        return digest([self.plan.digest(), self.configuration_name, [_checksum(m) for m in self.members], *before])
+        after = [self.refinement.model_dump(mode="json")] if self.refinement else []
+        weights = [_checksum(m) for m in self.members]
+        return digest([self.plan.digest(), self.configuration_name, weights, *before, *after])
 
 
 def save_package(folder: Path, package: ModelPackage) -> None:
@@ -144,8 +155,8 @@ def save_package(folder: Path, package: ModelPackage) -> None:
     The index moves last.
     """
     new_folder(folder, holds=INDEX)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-        aside = Path(name)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        aside = Path(temporary)
         members = tuple(f"member{i}.safetensors" for i in range(len(package.members)))
         for member, weights in zip(members, package.members, strict=True):
             if isinstance(weights, StoredWeights):
@@ -154,11 +165,16 @@ def save_package(folder: Path, package: ModelPackage) -> None:
                 write_bytes(aside / member, _pack(weights))
         graphs, reason = _write_graphs(aside, members, package)
         write_plan(aside / "plan.json", package.plan)
-        write_text(aside / "README.md", _card(package))
-        known = {EXPERIENCE: package.experience, CALIBRATION: package.calibration}
+        write_text(aside / "README.md", card(package))
+        known = {
+            EXPERIENCE: package.experience,
+            CALIBRATION: package.calibration,
+            REFINEMENT: package.refinement,
+            EVALUATION: package.evaluation,
+        }
         told = {file: value.model_dump(mode="json") for file, value in known.items() if value is not None}
-        for file, value in told.items():
-            write_json(aside / file, value)
+        for name, value in told.items():
+            write_json(aside / name, value)
         nested: tuple[str, ...] = ()
         if package.previous is not None:
             save_package(aside / PREVIOUS, package.previous)
@@ -185,6 +201,8 @@ def save_package(folder: Path, package: ModelPackage) -> None:
         for old in (*folder.glob("member*.safetensors"), *folder.glob("member*.onnx")):
             if old.name not in named:
                 old.unlink()
+        for name in set(_TOLD) - set(told):
+            (folder / name).unlink(missing_ok=True)
 
 
 def record_engines(folder: Path, engines: dict[str, Agreement]) -> None:
@@ -203,7 +221,7 @@ def load_package(folder: Path) -> ModelPackage:
     names = (*index.members, *index.graphs)
     if any(Path(name).name != name or name not in index.checksums for name in names):
         raise InputError(f"{folder / INDEX} names members that it has no checksum for", _ANOTHER)
-    told = tuple(name for name in (EXPERIENCE, CALIBRATION) if name in index.checksums)
+    told = tuple(name for name in _TOLD if name in index.checksums)
     nested = [name for name in index.checksums if name == f"{PREVIOUS}/{INDEX}"]
     for name in ("plan.json", *told, *names, *nested):
         path = folder / name
@@ -224,10 +242,15 @@ def load_package(folder: Path) -> ModelPackage:
         engines=index.engines,
         experience=_read(folder / EXPERIENCE, Experience) if EXPERIENCE in told else None,
         calibration=_read(folder / CALIBRATION, Calibration) if CALIBRATION in told else None,
+        refinement=_read(folder / REFINEMENT, Refinement) if REFINEMENT in told else None,
+        evaluation=_read(folder / EVALUATION, Evaluation) if EVALUATION in told else None,
         previous=load_package(folder / PREVIOUS) if nested else None,
     )
     if (package.configuration.previous is None) != (package.previous is None):
         raise InputError(f"{folder} lacks the stage before, or has one that its plan does not take", _ANOTHER)
+    labels = {(label.number, label.name) for label in package.plan.label_set}
+    if package.refinement and not {(rule.number, rule.name) for rule in package.refinement.rules} <= labels:
+        raise InputError(f"{folder / REFINEMENT} has a rule for a structure that the plan does not know", _ANOTHER)
     _require_own_graphs(package, members)
     return package
 
@@ -301,13 +324,3 @@ def _pack(weights: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
     return save({name: tensor.contiguous() for name, tensor in sorted(weights.items())})
-
-
-def _card(package: ModelPackage) -> str:
-    labels = "\n".join(f"| {e.number} | {e.name} |" for e in package.plan.labels)
-    return (
-        f"# {package.name}\n\n"
-        f"Takes {', '.join(package.plan.channels)}. Trained on {len(package.trained_on)} cases; "
-        f"{len(package.held_out)} were held out. Research software; not a medical device.\n\n"
-        f"| number | structure |\n| --- | --- |\n{labels}\n"
-    )

@@ -18,6 +18,7 @@ VERBS = sorted(cli.commands)
 def test_the_verbs() -> None:
     assert VERBS == [
         "check",
+        "choose",
         "convert",
         "evaluate",
         "inspect",

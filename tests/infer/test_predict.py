@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.engine import TorchEngine, pick_device
 from medseg.infer.predict import Predictor, describe, predict, segment
+from medseg.infer.refine import refined
 from medseg.infer.stream import Tally
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
+from medseg.models.refinement import Refinement, Rule
 from medseg.plan.plan import Region
 
 CPU = torch.device("cpu")
@@ -295,6 +298,32 @@ def test_several_members_are_their_average(small_plan: Any) -> None:
     twice = ModelPackage(plan, "3d", one.members * 2, ("a",), ("b",), {})
     alone = Predictor(one, "torch-cpu").predict(volume).label_map.values
     assert np.array_equal(Predictor(twice, "torch-cpu").predict(volume).label_map.values, alone)
+
+
+def test_a_packages_own_post_processing_is_done_once_and_told_where_it_takes_much(small_plan: Any) -> None:
+    """A network of random weights leaves crumbs everywhere."""
+    volume, _ = two_balls(grid_about((1, 1, 2), np.eye(3)), noise=30)
+    plain = untrained(small_plan(labels=LABELS))
+    largest = Rule(name="spleen", number=3, largest=True)
+    small = Rule(name="liver", number=300, smallest_mm3=40.0)
+    raw = Predictor(plain, "torch-cpu").predict(volume)
+    expected, shares = refined(raw.label_map, (largest, small))
+    assert set(shares) == {"spleen", "liver"}
+    predictor = Predictor(replace(plain, refinement=Refinement(rules=(largest, small))), "torch-cpu")
+    made = predictor.predict(volume)
+    assert np.array_equal(made.label_map.values, expected.values)
+    assert made.model_digest != raw.model_digest
+    for organ in made.organs:
+        assert organ.voxels == np.count_nonzero(expected.values == organ.number)
+        assert organ.volume_ml == pytest.approx(organ.voxels * 2 / 1000)
+    for name, share in shares.items():
+        told = f"{share:.0%} of {name} was taken away as loose pieces, as post-processing of this model does"
+        assert (told in made.warnings) == (share > 0.1)
+    alone = predictor.predict(volume, only=["spleen"]).label_map.values
+    assert np.array_equal(alone, np.where(expected.values == 3, 3, 0))
+    # Training validates, and calibrates, by this function: it sees the labels as they were decided.
+    engine = predictor.engine
+    assert np.array_equal(segment(engine, volume, plain.plan, "3d").label_map.values, raw.label_map.values)
 
 
 def test_other_channels_are_refused(small_plan: Any) -> None:

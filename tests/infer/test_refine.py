@@ -10,7 +10,8 @@ from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap
-from medseg.infer.refine import chosen, keep_only, without_small
+from medseg.infer.refine import chosen, keep_only, refined, without_small
+from medseg.models.refinement import Rule
 
 LABELS = LabelSet((Label("Spleen", 2), Label("liver", 5), Label("aorta", 9)))
 
@@ -61,3 +62,25 @@ def test_what_is_left_is_large_and_nothing_large_is_lost(seed: int, smallest: fl
             voxels = pieces == piece
             kept = voxels.sum() * 3.0 >= smallest
             assert (found.values[voxels] == (number if kept else 0)).all()
+
+
+def test_rules_by_hand() -> None:
+    """Voxels of 2 mm3; livers of 1, 2 and 3 voxels, aortas of 1 and 1; no spleen."""
+    values = np.zeros((9, 9, 3), dtype=np.uint8)
+    values[0, 0, 0] = values[3:5, 3, 0] = values[6:9, 8, 2] = 5
+    values[8, 0, 0] = values[0, 8, 0] = 9
+    label_map = LabelMap(values, Grid.from_spacing(values.shape, (1.0, 1.0, 2.0)), LABELS)
+    liver, aorta = Rule(name="liver", number=5, smallest_mm3=4.0), Rule(name="aorta", number=9, largest=True)
+    spleen = Rule(name="Spleen", number=2, largest=True)
+    assert refined(label_map, ()) == (label_map, {})
+    found, shares = refined(label_map, (liver, spleen))
+    assert shares == {"liver": pytest.approx(1 / 6)}
+    assert (found.values == 5).sum() == 5
+    assert (found.values == 9).sum() == 2
+    found, shares = refined(label_map, (liver, aorta))
+    assert shares == {"liver": pytest.approx(1 / 6), "aorta": pytest.approx(0.5)}
+    assert (found.values == 9).sum() == 1
+    # Once more changes nothing; a structure that was left out has no pieces to lose.
+    assert refined(found, (liver, aorta)) == (found, {})
+    assert refined(keep_only(label_map, chosen(LABELS, ["liver"])), (aorta,))[1] == {}
+    assert np.count_nonzero(values) == 8

@@ -168,7 +168,7 @@ def test_what_it_saw_is_sealed_and_read_strictly(tmp_path: Path, name: str) -> N
 
 def test_the_card_says_what_it_takes_and_finds(folder: Path) -> None:
     card = (folder / "README.md").read_text()
-    for words in ("Task99_Test 3d", "Takes CT", "2 cases", "| 7 | tumour |", "not a medical device"):
+    for words in ("Task99_Test 3d", "the channel CT", "2 cases", "| 7 | tumour |", "not a medical device"):
         assert words in card
 
 

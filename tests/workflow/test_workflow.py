@@ -149,3 +149,10 @@ def test_every_combination_can_be_planned(tmp_path, configurations, folds):
     said = snakemake("--dry-run", "--config", f"configurations={configurations}", f"folds={folds}", folder=tmp_path)
     wanted = 3 * (1 if configurations == "3d" else 2) * (1 if folds == "0" else 5)
     assert f"train {wanted}" in " ".join(said.split())
+    assert ("choose 3" in " ".join(said.split())) == (folds != "0")
+
+
+def test_no_model_of_all_folds_where_none_is_wanted(tmp_path):
+    said = snakemake("--dry-run", "--config", "folds=[0,1,2,3,4]", "choose=never", folder=tmp_path)
+    assert "rule train" in said
+    assert "rule choose" not in said

@@ -1,0 +1,128 @@
+"""``medseg choose``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from medseg.cli.common import FOLDER, RunFolder, progress, table, threads_option, use_cores
+from medseg.cli.folds import FoldFolder, Lack
+from medseg.core.errors import InputError
+
+if TYPE_CHECKING:
+    from medseg.core.volume import LabelMap
+    from medseg.dataset.task import Task
+    from medseg.models.package import ModelPackage
+    from medseg.plan.plan import Plan
+
+# Cases on which engines are compared.
+_COMPARED = 3
+
+
+@click.command()
+@click.argument("run", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, help="The package.  [default: RUN/model]")
+@click.option("-c", "--configuration", "configurations", multiple=True, help="Only among these; may be repeated.")
+@click.option("--partial", is_flag=True, help="Go on with the folds there are.")
+@threads_option
+def choose(run: Path, output: Path | None, configurations: tuple[str, ...], partial: bool, threads: int | None) -> None:
+    """Make one model of the folds of RUN, by what they reached on their held-out cases.
+
+    The configuration with the best mean Dice is taken, and the networks of its folds are averaged;
+    for each structure, keeping the largest piece or dropping small ones is tried, and kept where it
+    helps beyond luck. README.md in the package says how good it is, and what was decided why.
+    Needs each fold's model, and its predictions from `medseg predict TASK --held-out`.
+    """
+    cores = use_cores(threads)
+    from medseg.dataset.task import load_case, load_labels, require_same_grid
+    from medseg.infer.agreement import measure
+    from medseg.io.files import new_folder
+    from medseg.io.nifti import read_labels
+    from medseg.io.sidecar import read_index
+    from medseg.models.package import INDEX, load_package, record_engines, save_package
+    from medseg.preprocess.regrid import preprocess
+    from medseg.train.choose import choose as choose_model
+
+    folder = RunFolder(run)
+    task, plan = folder.task(), folder.plan()
+    place = new_folder(output or folder.model, holds=INDEX)
+    folds = folder.folds(task)
+    trained = _trained(folder, task, plan, configurations, partial)
+    paths = {
+        (name, case): path
+        for name, packages in trained.items()
+        for number, package in packages.items()
+        for case, path in read_index(folder.fold(name, number) / "predictions").items()
+        if case in package.held_out
+    }
+
+    def load(name: str, case: str) -> tuple[LabelMap, LabelMap]:
+        reference = load_labels(task, task.case(case))
+        try:
+            prediction = read_labels(paths[name, case], task.labels)
+        except InputError as error:
+            raise error.of_case(case) from None
+        require_same_grid(prediction, reference, case)
+        return prediction, reference
+
+    package = choose_model(trained, load, task, folder.fingerprint(), of_folds=len(folds), progress=progress("choose"))
+    save_package(place, package)
+    saved = load_package(place)
+    some = [case for p in trained[package.configuration_name].values() for case in p.held_out]
+    some = some[:: max(1, len(some) // _COMPARED)][:_COMPARED]
+    images = {
+        case: preprocess(load_case(task, task.case(case))[0], saved.plan, saved.configuration).values for case in some
+    }
+    record_engines(place, measure(saved, images, cores))
+    _show(saved, place)
+
+
+def _trained(
+    folder: RunFolder, task: Task, plan: Plan, names: tuple[str, ...], partial: bool
+) -> dict[str, dict[int, ModelPackage]]:
+    """The folds of each configuration (of those that were begun, unless named). InputError for a fold that
+    lacks something; with ``partial`` such a fold is left out, and told."""
+    for name in names:
+        plan.configuration(name)
+    begun = names or [n for n in plan.configurations if any((folder.path / n).glob("fold*/model"))]
+    found: dict[str, dict[int, ModelPackage]] = {}
+    lacks: list[Lack] = []
+    for name in begun:
+        for number, cases in enumerate(folder.folds(task)):
+            fold = FoldFolder(folder, name, number, cases)
+            package = fold.package()
+            lack = package if isinstance(package, Lack) else fold.predicted(package, task)
+            if lack is None and not isinstance(package, Lack):
+                found.setdefault(name, {})[number] = package
+            elif lack is not None:
+                lacks.append(lack)
+    if lacks and not partial:
+        more = f" ({len(lacks) - 1} more folds lack something)" if len(lacks) > 1 else ""
+        raise InputError(
+            f"{lacks[0].what}{more}",
+            f"Run `{lacks[0]}`, or `medseg train {folder.path} --all-folds` for all, "
+            "or add --partial to go on with the folds there are",
+        )
+    if not found:
+        raise InputError(f"{folder.path} has no fold with a model and its predictions", "Train and predict one first")
+    for lack in lacks:
+        click.echo(f"left out: {lack.what}", err=True)
+    return found
+
+
+def _show(package: ModelPackage, place: Path) -> None:
+    known = package.evaluation
+    if known is None:
+        return
+    rows = [["configuration", "folds", "cases", "Dice", "95 % interval", "the first is better by"]]
+    for one in known.compared:
+        ends = "-" if one.dice.low is None else f"{one.dice.low:.3f} to {one.dice.high:.3f}"
+        behind = "" if one.behind is None else str(one.behind)
+        rows.append([one.configuration, str(len(one.folds)), str(one.cases), f"{one.dice.mean:.3f}", ends, behind])
+    click.echo(table(rows, right=(1, 2, 3)))
+    for rule in package.refinement.rules if package.refinement else ():
+        click.echo(f"post-processing of {rule.name}: {rule}")
+    networks = f"{len(package.members)} network{'s' if len(package.members) > 1 else ''}"
+    click.echo(f"{package.name}: {networks}, Dice {known.dice} out of fold; {place}")

@@ -1,0 +1,179 @@
+"""What the folds of a run have and lack, and all of it made, verb by verb."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medseg.cli.common import RunFolder
+from medseg.core.errors import InputError
+
+if TYPE_CHECKING:
+    from medseg.dataset.split import Fold
+    from medseg.dataset.task import Task
+    from medseg.models.package import ModelPackage
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What a fold lacks, and the command that makes it."""
+
+    what: str
+    command: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"medseg {shlex.join(self.command)}"
+
+
+@dataclass(frozen=True)
+class FoldFolder:
+    """One fold of a configuration: its folder's files, and how they come to be."""
+
+    run: RunFolder
+    configuration: str
+    number: int
+    cases: Fold
+
+    @property
+    def path(self) -> Path:
+        return self.run.fold(self.configuration, self.number)
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions"
+
+    def __str__(self) -> str:
+        return f"{self.configuration} fold {self.number}"
+
+    def train(self) -> tuple[str, ...]:
+        """The command that trains it."""
+        return "train", str(self.run.path), "-c", self.configuration, "--fold", str(self.number)
+
+    def predict(self, task: Task) -> tuple[str, ...]:
+        """The command that predicts its held-out cases."""
+        return "predict", str(task.folder), "--held-out", "-m", str(self.model), "-o", str(self.predictions)
+
+    def package(self) -> ModelPackage | Lack:
+        """Its model; what is amiss where there is none, or one of another fold.
+
+        Raises InputError where the model was changed after it was written.
+        """
+        from medseg.models.package import INDEX, load_package
+
+        if not (self.model / INDEX).exists():
+            return Lack(f"{self} has no model", self.train())
+        package = load_package(self.model)
+        if set(package.trained_on) != set(self.cases.train) or set(package.held_out) != set(self.cases.validation):
+            return Lack(f"{self} was trained on other cases than {self.run.folds_file} says", self.train())
+        return package
+
+    def predicted(self, package: ModelPackage, task: Task) -> Lack | None:
+        """Whether the held-out cases were predicted by this very model, and nothing was done to the labels."""
+        from medseg.io.sidecar import read_index, sidecar_of
+
+        try:
+            index = read_index(self.predictions)
+        except InputError:
+            return Lack(f"{self} lacks its predictions", self.predict(task))
+        digest = package.digest()
+        for case in package.held_out:
+            record = _record(sidecar_of(index[case])) if case in index and index[case].exists() else {}
+            if not record:
+                return Lack(f"{self} lacks the prediction of case {case}", self.predict(task))
+            wishes = record.get("wishes")
+            if record.get("model_sha256") != digest:
+                return Lack(f"the prediction of case {case} in {self} is another model's", self.predict(task))
+            if not isinstance(wishes, dict) or wishes.get("only") or wishes.get("smallest_mm3"):
+                return Lack(f"the prediction of case {case} in {self} is not whole", self.predict(task))
+        return None
+
+
+def _record(path: Path) -> dict[str, Any]:
+    from medseg.io.files import read_json
+
+    try:
+        record = read_json(path)
+    except InputError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def all_folds(
+    run: Path,
+    configurations: Sequence[str],
+    *,
+    seed: int,
+    device: str,
+    threads: int | None,
+    checkpoints: Path | None,
+    deterministic: bool,
+) -> None:
+    """Preprocess, train, predict and evaluate every fold of each configuration (all of the plan's, unless
+    named), and choose. What was made before by the same plan, folds and seed is left as it is."""
+    from medseg.io.sidecar import INDEX
+
+    folder = RunFolder(run)
+    task, plan = folder.task(), folder.plan()
+    # A second stage is trained on labels of the first, which is not done here.
+    names = configurations or [name for name, one in plan.configurations.items() if one.previous is None]
+    for name in names:
+        plan.configuration(name)
+    cores = ("--threads", str(threads)) if threads else ()
+    engine = {"auto": "auto", "cpu": "openvino", "cuda": "torch-cuda"}[device]
+    how = ("--seed", str(seed), "--device", device, *cores)
+    how += ("--checkpoints", str(checkpoints)) if checkpoints else ()
+    how += ("--deterministic",) if deterministic else ()
+    for name in names:
+        if not _preprocessed(folder, plan.preparation(name), name):
+            _run("preprocess", str(run), "-c", name, *cores)
+        for number, cases in enumerate(folder.folds(task)):
+            fold = FoldFolder(folder, name, number, cases)
+            # The log is written last.
+            found = fold.package() if (fold.path / "log.json").exists() else None
+            if found is None or isinstance(found, Lack) or _of(found) != (plan.digest(), seed):
+                _run(*fold.train(), *how)
+                found = fold.package()
+            if isinstance(found, Lack):
+                raise InputError(found.what, f"Run `{found}`")
+            if fold.predicted(found, task):
+                _run(*fold.predict(task), "--engine", engine, *cores)
+            if not _newer(fold.path / "metrics.json", fold.predictions / INDEX):
+                _run("evaluate", str(fold.predictions), str(task.folder), "-o", str(fold.path))
+    _run("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)
+
+
+def _of(package: ModelPackage) -> tuple[str, Any]:
+    return package.plan.digest(), package.provenance.get("seed")
+
+
+def _preprocessed(folder: RunFolder, preparation: str, configuration: str) -> bool:
+    from medseg.io.store import CaseStore
+
+    try:
+        CaseStore(folder.store(configuration)).require(preparation, configuration)
+    except InputError:
+        return False
+    return True
+
+
+def _newer(path: Path, than: Path) -> bool:
+    return path.exists() and path.stat().st_mtime >= than.stat().st_mtime
+
+
+def _run(verb: str, *arguments: str) -> None:
+    """A verb, as the command line calls it."""
+    root = click.get_current_context().find_root()
+    command = root.command
+    assert isinstance(command, click.Group)  # noqa: S101 - the root is `medseg`
+    found = command.get_command(root, verb)
+    assert found is not None  # noqa: S101
+    found.main(list(arguments), prog_name=f"medseg {verb}", standalone_mode=False)
