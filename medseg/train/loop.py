@@ -18,12 +18,14 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.provenance import digest, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
+from medseg.infer.budget import free_memory
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
+from medseg.plan.cost import require_room
 from medseg.plan.plan import Configuration, Plan
 from medseg.train.batches import Batches, Feed
 from medseg.train.loss import loss_of, supervised
@@ -38,6 +40,8 @@ _EMA = 0.999
 _LOOKED_AT_ONCE = 16
 # Less of a network than this is no start: a bias fits by chance.
 _FITTING = 0.1
+# What a step takes is reckoned to about this share.
+_RECKONING = 1.2
 # After a loss that was no number the learning rate is this share of what it was.
 _TAMED = 0.5
 
@@ -116,6 +120,7 @@ def train(
     cases = [store.read(case) for case in setup.train]
     if not cases:
         raise InputError(f"fold {setup.fold} has no case to train on", "Correct folds.json")
+    _require_room(plan, configuration, device, ranks)
     batches = Batches(plan, configuration, cases, setup.seed, device, ranks)
     steps, every = configuration.steps.value, plan.training.steps_per_epoch
     identity = {
@@ -364,6 +369,20 @@ def train_step(
     scaler.step(optimiser)
     scaler.update()
     return value.detach()
+
+
+def _require_room(plan: Plan, configuration: Configuration, device: torch.device, ranks: Ranks) -> None:
+    """InputError, with what would fit, where the network cannot be trained in the device's free memory."""
+    share = configuration.batch.model_copy(update={"value": len(ranks.share(configuration.batch.value))})
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    require_room(
+        configuration.model_copy(update={"batch": share}),
+        len(plan.channels),
+        plan.outputs,
+        int(_RECKONING * free),
+        kind="gpu" if device.type == "cuda" else "cpu",
+        half=torch_precision(device) != "f32",
+    )
 
 
 def _repeatable(deterministic: bool, device: torch.device) -> None:

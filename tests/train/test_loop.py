@@ -421,6 +421,12 @@ def test_a_plan_that_does_not_say_how_long_is_refused(small_plan: Any, bench: Be
         train(bench.plan, bench.setup(), bench.store, RunLog(bench.folder / "log"))
 
 
+def test_a_network_that_cannot_fit_is_refused_before_it_starts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "free_memory", lambda: 2**20)
+    with pytest.raises(InputError, match=r"patch 16x16x16 with batch 2 takes .* to train, there are "):
+        bench.run()
+
+
 def test_a_fold_without_cases_is_refused(bench: Bench) -> None:
     bench.train_ids = ()
     with pytest.raises(InputError, match="has no case to train on"):
