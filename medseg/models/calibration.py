@@ -43,7 +43,7 @@ class Calibration(Strict):
 
     format: Literal[1] = 1
     cases: Count
-    voxels: Count
+    voxels: Annotated[int, Field(ge=1)]
     temperature: Positive
     nll_before: NotNegative
     nll_after: NotNegative

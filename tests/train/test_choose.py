@@ -180,7 +180,7 @@ def calibration(temperature: float) -> Calibration:
     shares = {"ece_before": 0.1, "ece_after": 0.05, "dice_error_before": 0.1, "dice_error": 0.05}
     return Calibration(
         cases=4,
-        voxels=100,
+        voxels=600_000,
         temperature=temperature,
         nll_before=0.3,
         nll_after=0.2,
@@ -265,7 +265,8 @@ def test_the_folds_become_members_and_what_is_known_is_put_together(
     assert made.calibration is not None
     assert made.calibration.temperature == pytest.approx(2.0)  # the geometric mean of 1, 2 and 4
     assert made.calibration.interval == pytest.approx(0.4)
-    assert (made.calibration.cases, made.calibration.pooled_from) == (12, 3)
+    assert (made.calibration.cases, made.calibration.voxels) == (12, 1_800_000)
+    assert made.calibration.pooled_from == 3
     assert made.provenance["folds"]["1"]["model"] == trained[1].digest()
     assert made.provenance["folds"]["1"]["held_out"] == CASES[1::3]
     assert made.provenance["seed"] == 5
