@@ -93,15 +93,19 @@ def task_file(wildcards):
     return TASKS[wildcards.task] / "dataset.json"
 
 
-def budget(wildcards):
-    of_phantoms = config["phantoms"]["budget"][wildcards.configuration]
-    return of_phantoms if wildcards.task in PHANTOMS and not listed(config["tasks"]) else config["budget"]
+def budgets(wildcards):
+    """How long training may take, by configuration where that differs: `medseg plan` turns it into steps."""
+    return {} if listed(config["tasks"]) else config["phantoms"]["budget"]
+
+
+def budget_options(wildcards):
+    return " ".join(f"--budget {name}={time}" for name, time in budgets(wildcards).items()) or f"--budget {config['budget']}"
 
 
 def minutes(wildcards):
     """What a training may take, start and validation included."""
     units = {"d": 1440, "h": 60, "m": 1, "s": 1 / 60}
-    parts = re.findall(r"([0-9.]+)([dhms])", budget(wildcards))
+    parts = re.findall(r"([0-9.]+)([dhms])", budgets(wildcards).get(wildcards.configuration, config["budget"]))
     return int(1.2 * sum(float(n) * units[u] for n, u in parts)) + 10
 
 

@@ -56,14 +56,18 @@ rule plan:
         folds=config["of_folds"],
         seed=config["seed"],
         machine="gpu" if HAS_GPU else "cpu",
+        budgets=budget_options,
+        # Steps are timed on as many cores as train, and beside nothing else.
+        threads=cores(config["threads"]),
         splits=lambda wildcards, input: f"--splits {input.splits}" if input.splits else "",
-    threads: threads_for(1)
+    threads: threads_for(config["threads"])
     resources:
-        mem_mb=4000,
+        gpu=1 if HAS_GPU else 0,
+        mem_mb=8000,
         runtime=60,
     shell:
         "{MEDSEG} plan {params.task:q} -o {params.run:q} --folds {params.folds} --seed {params.seed} "
-        "--machine {params.machine} {params.splits} > {log} 2>&1"
+        "--machine {params.machine} {params.budgets} --threads {params.threads} {params.splits} > {log} 2>&1"
 
 
 rule preprocess:

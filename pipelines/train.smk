@@ -13,7 +13,6 @@ rule train:
         RESULTS + "/logs/{task}/train-{configuration}-fold{fold}.log",
     params:
         run=RESULTS + "/{task}",
-        budget=budget,
         seed=config["seed"],
         device=config["device"],
         threads=cores(config["threads"]),
@@ -23,5 +22,5 @@ rule train:
         mem_mb=8000,
         runtime=minutes,
     shell:
-        "{MEDSEG} train {params.run:q} -c {wildcards.configuration} --fold {wildcards.fold} --budget {params.budget} "
+        "{MEDSEG} train {params.run:q} -c {wildcards.configuration} --fold {wildcards.fold} "
         "--seed {params.seed} --device {params.device} --threads {params.threads} > {log} 2>&1"

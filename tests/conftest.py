@@ -113,7 +113,7 @@ def small_plan(
     **training: Any,
 ) -> Any:
     """A `Plan` for `tiny_task` written by hand, with one configuration called "3d" or "2d" and a
-    network that computes in milliseconds. ``training`` takes the place of its own settings."""
+    network that computes in milliseconds, trained for ``steps``. ``training`` takes the place of its own settings."""
     from medseg.plan.plan import parse_plan
 
     stages = len(features)
@@ -124,7 +124,7 @@ def small_plan(
         {"channel": c, "kind": "zscore"}
         for c in channels
     ]  # fmt: skip
-    settings = {"learning_rate": 5e-3, "weight_decay": 1e-2, "foreground_share": 0.5, "epochs": 1, **training}
+    settings = {"learning_rate": 5e-3, "weight_decay": 1e-2, "foreground_share": 0.5, **training}
     augmentation = settings.pop("augmentation", {})
     plan = {
         "task": "Task00_blobs",

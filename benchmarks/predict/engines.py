@@ -44,7 +44,7 @@ def save(folder: Path, features: list[int], patch: list[int], classes: int) -> N
         "batch": {"value": 2},
         "network": {"value": network},
     }
-    training = {"learning_rate": 0.01, "weight_decay": 0.01, "foreground_share": 0.5, "augmentation": {}, "epochs": 1}
+    training = {"learning_rate": 0.01, "weight_decay": 0.01, "foreground_share": 0.5, "augmentation": {}}
     plan = parse_plan(
         {
             "task": "Task00_Random",

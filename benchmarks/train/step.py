@@ -17,7 +17,8 @@ import torch
 from medseg.cli.common import RunFolder, available_cores
 from medseg.io.store import CaseStore
 from medseg.models.build import build
-from medseg.train.loop import Batches, train_step
+from medseg.train.batches import Batches
+from medseg.train.loop import train_step
 
 
 def main() -> None:

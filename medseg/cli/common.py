@@ -111,6 +111,19 @@ class Duration(click.ParamType[float]):
         return seconds
 
 
+class Budget(click.ParamType[tuple[str, float]]):
+    """A duration, for all configurations ("") or, as ``3d=100s``, for one: its name and seconds."""
+
+    name = "[name=]duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """The configuration's name, "" for all, and seconds above zero."""
+        if isinstance(value, tuple):
+            return value
+        name, _, duration = str(value).rpartition("=")
+        return name.strip(), Duration().convert(duration, param, ctx)
+
+
 class Memory(click.ParamType[int]):
     """Bytes from ``4GiB``, ``500MiB``, ``4GB`` or ``4G`` (which means GiB)."""
 

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from medseg.cli.common import FOLDER, RunFolder, progress, seed_option
+from medseg.cli.common import (
+    FOLDER,
+    Budget,
+    Memory,
+    RunFolder,
+    available_cores,
+    progress,
+    seed_option,
+    threads_option,
+    use_sleeping_threads,
+)
+
+if TYPE_CHECKING:
+    from medseg.plan.cost import Kind, Meter
+    from medseg.plan.plan import Configuration
+    from medseg.plan.scale import Target
+
+# Of the memory that is free or that a GPU has, training may take so much unless told otherwise.
+_FREE_SHARE, _GPU_SHARE = 0.8, 0.95
 
 
 @click.command()
@@ -17,7 +36,26 @@ from medseg.cli.common import FOLDER, RunFolder, progress, seed_option
 )
 @click.option("--splits", type=FOLDER, help="Folds to use instead: folds.json, or nnU-Net's splits_final.json.")
 @click.option("--machine", type=click.Choice(["cpu", "gpu"]), help="What the plan is for.  [default: this machine]")
-@click.option("--epochs", type=click.IntRange(min=1), help="Epochs that the plan asks for.")
+@click.option(
+    "--budget",
+    type=Budget(),
+    multiple=True,
+    help="How long training one fold may take (90s, 15m, 2h), or 3d=2h for one configuration; repeatable.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps, instead of a budget.")
+@click.option(
+    "--gpu-memory", type=Memory(), help="Memory of the GPU that training may take.  [default: what it has, or 8GiB]"
+)
+@click.option(
+    "--memory", type=Memory(), help="Memory that training on a processor may take.  [default: 8GiB, or what is free]"
+)
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Time training steps on this machine; without, time and memory are reckoned only.",
+)
+@threads_option
 @click.option(
     "--optional-channel", "optional", metavar="NAME", multiple=True, help="A channel that scans may lack; repeatable."
 )
@@ -27,16 +65,23 @@ def plan(
     output: Path,
     folds: int,
     splits: Path | None,
-    machine: str | None,
-    epochs: int | None,
+    machine: Kind | None,
+    budget: tuple[tuple[str, float], ...],
+    steps: int | None,
+    gpu_memory: int | None,
+    memory: int | None,
+    measure: bool,
+    threads: int | None,
     optional: tuple[str, ...],
     seed: int,
 ) -> None:
     """Measure TASK and decide how to train on it.
 
-    Writes plan.json (each decision with its reason), folds.json and fingerprint.json. All may be
-    edited; folds.json is kept when the command runs again.
+    Writes plan.json (each decision with its reason, and what it will cost), folds.json and
+    fingerprint.json. All may be edited; folds.json is kept when the command runs again.
     """
+    kind: Kind = machine or ("gpu" if gpu_memory else "cpu" if memory else _this_machine())
+    _require_sense(kind, budget, steps, gpu_memory, memory, measure)
     from medseg.dataset.split import leaks, make_folds, read_folds, write_folds
     from medseg.dataset.task import load_task
     from medseg.io.files import new_folder, write_json
@@ -48,9 +93,10 @@ def plan(
     run = RunFolder(new_folder(output, holds="run.json"))
     _require_same_task(run, loaded.name)
     measured = fingerprint(loaded, progress=progress("measure"))
-    decided = make_plan(
-        measured, loaded.labels, machine=machine or _this_machine(), epochs=epochs, optional_channels=optional
-    )
+    at_hand = measure and (kind == "cpu" or _this_machine() == "gpu")
+    target = _target(kind, dict(budget), steps, gpu_memory if kind == "gpu" else memory, at_hand)
+    meter = _meter(kind, threads or available_cores()) if at_hand else None
+    decided = make_plan(measured, loaded.labels, target, meter=meter, optional_channels=optional)
     if splits:
         dealt = read_folds(splits, loaded)
         if found := leaks(loaded, dealt):
@@ -67,10 +113,76 @@ def plan(
     _keep_edited(run.plan_file, decided.digest())
     write_plan(run.plan_file, decided)
     for name, c in decided.configurations.items():
-        size = "x".join(map(str, c.patch.value))
-        spacing = "x".join(f"{s:.3g}" for s in c.spacing.value)
-        click.echo(f"{name}: patch {size} at {spacing} mm, batch {c.batch.value} ({c.patch.reason})")
+        click.echo(_told(name, c))
+    axes = ", ".join("xyz"[axis] for axis in decided.training.augmentation.value.mirror) or "no axis"
+    click.echo(f"mirrored along {axes} (why, and all other reasons, in {run.plan_file})")
     click.echo(f"{len(loaded.cases)} cases in {len(dealt)} folds; {run.plan_file} may be edited")
+
+
+def _require_sense(
+    kind: str,
+    budget: tuple[tuple[str, float], ...],
+    steps: int | None,
+    gpu_memory: int | None,
+    memory: int | None,
+    measure: bool,
+) -> None:
+    """UsageError for options that do not go together."""
+    names = [name for name, _ in budget]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise click.UsageError(f"two budgets for {twice[0] or 'all configurations'}")
+    if budget and steps:
+        raise click.UsageError("give --steps or --budget, not both")
+    if budget and not measure:
+        raise click.UsageError("--budget becomes a number of steps by measuring one; leave out --no-measure")
+    if kind == "cpu" and gpu_memory:
+        raise click.UsageError("--gpu-memory is for --machine gpu; a processor's is --memory")
+    if kind == "gpu" and memory:
+        raise click.UsageError("--memory is for --machine cpu; a GPU's is --gpu-memory")
+
+
+def _target(kind: Kind, budgets: dict[str, float], steps: int | None, memory: int | None, at_hand: bool) -> Target:
+    """What to plan for: this machine, where it is ``at_hand``, or one that is like most."""
+    from medseg.infer.budget import free_memory
+    from medseg.infer.engine import processor_has_bf16
+    from medseg.plan.scale import USUAL_MEMORY, Target
+
+    if kind == "cpu":
+        usual = min(USUAL_MEMORY, int(_FREE_SHARE * free_memory()))
+        return Target(kind, memory or usual, processor_has_bf16(), budgets, steps)
+    if not at_hand:
+        return Target(kind, memory or USUAL_MEMORY, True, budgets, steps)
+    from medseg.train.measure import find_gpu
+
+    gpu = find_gpu()
+    return Target(kind, min(memory or gpu.memory_bytes, int(_GPU_SHARE * gpu.memory_bytes)), gpu.half, budgets, steps)
+
+
+def _meter(kind: Kind, threads: int) -> Meter:
+    """Measures steps on this machine, as `medseg train` will take them."""
+    from medseg.train.measure import measure_step
+
+    use_sleeping_threads()
+    device = "cuda" if kind == "gpu" else "cpu"
+    return lambda configuration, channels, classes: measure_step(
+        configuration, channels, classes, kind=device, threads=threads
+    )
+
+
+def _told(name: str, c: Configuration) -> str:
+    """A configuration in one line."""
+    from medseg.plan.cost import gib
+
+    size = "x".join(map(str, c.patch.value))
+    spacing = "x".join(f"{s:.3g}" for s in c.spacing.value)
+    text = f"{name}: patch {size} at {spacing} mm, batch {c.batch.value}"
+    if c.steps is None or c.cost is None:
+        return text
+    known = f"measured on {c.cost.measured_on}" if c.cost.measured_on else "reckoned, not measured"
+    return (
+        f"{text}, {c.network.value.features[0]} features; {c.steps.value} steps of {c.cost.seconds_per_step:.3g} s, "
+        f"{c.cost.hours:.2g} hours, {gib(c.cost.memory_bytes)} ({known}), {gib(c.cost.disk_bytes)} of disk"
+    )
 
 
 def _require_same_task(run: RunFolder, name: str) -> None:
@@ -84,7 +196,7 @@ def _require_same_task(run: RunFolder, name: str) -> None:
         raise InputError(f"{run.path} is a run on {earlier}", "Name another folder with -o")
 
 
-def _this_machine() -> str:
+def _this_machine() -> Kind:
     """Whether there is an NVIDIA GPU, asked of the driver's device files: torch takes seconds."""
     return "gpu" if Path("/dev/nvidia0").exists() else "cpu"
 

@@ -42,6 +42,7 @@ _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 @click.option("--all-folds", is_flag=True, help="Train, predict and evaluate every fold, then choose: see below.")
 @click.option("--fold", type=click.IntRange(min=0), default=0, show_default=True, help="Fold of folds.json.")
 @click.option("--checkpoints", type=FOLDER, help="Folder for checkpoints and logs.  [default: RUN/checkpoints]")
+@click.option("--from", "start", type=FOLDER, help="A model to start from, as far as its layers fit.")
 @click.option("--deterministic", is_flag=True, help="On a GPU too the same weights every time, bit for bit; slower.")
 @seed_option
 @device_option
@@ -52,6 +53,7 @@ def train(
     all_folds: bool,
     fold: int,
     checkpoints: Path | None,
+    start: Path | None,
     deterministic: bool,
     seed: int,
     device: str,
@@ -95,11 +97,12 @@ def train(
     from medseg.io.files import new_folder, write_json
     from medseg.io.runlog import RunLog
     from medseg.io.store import CaseStore
+    from medseg.models.build import build
     from medseg.models.experience import experience
     from medseg.models.package import INDEX, load_package, record_engines, save_package
     from medseg.preprocess.regrid import preprocess
     from medseg.train.calibrate import calibration_of
-    from medseg.train.loop import Progress, Setup
+    from medseg.train.loop import Progress, Setup, fitting
     from medseg.train.loop import train as train_network
     from medseg.train.ranks import Ranks
 
@@ -127,6 +130,15 @@ def train(
         threads=cores,
         deterministic=deterministic,
     )
+    begun = load_package(start) if start else None
+    if begun and ranks.first:
+        network = build(plan.configuration(configuration), len(plan.channels), plan.outputs)
+        fits, missing = fitting(begun, network)
+        click.echo(
+            f"starts from {begun.name}: {len(fits)} of {len(fits) + len(missing)} layers fit"
+            + (f"; new are {', '.join(missing)}" if missing else ""),
+            err=True,
+        )
     watched = chosen.validation[:: max(1, -(-len(chosen.validation) // _VALIDATED))]
     validation = [(case, *load_case(task, task.case(case))) for case in watched]
     log = RunLog(checkpoints or folder.checkpoints(configuration, fold))
@@ -136,10 +148,13 @@ def train(
         def show(now: Progress) -> None:
             bar.total = now.steps
             bar.update(now.step - bar.n)
-            bar.set_postfix(loss=f"{now.loss:.3f}", dice="-" if now.dice is None else f"{now.dice:.3f}", refresh=False)
+            dice = "-" if now.dice is None else f"{now.dice:.3f}"
+            bar.set_postfix(loss=f"{now.loss:.3f}", dice=dice, refresh=False)
+            if quiet and ranks.first and (now.step % plan.training.steps_per_epoch == 0 or now.step == now.steps):
+                click.echo(f"step {now.step}/{now.steps} loss {now.loss:.3f} dice {dice} {now.seconds_left:.0f} s left")
 
         package, records = train_network(
-            plan, setup, store, log, validation=validation, progress=show, stop=asked.is_set, ranks=ranks
+            plan, setup, store, log, validation=validation, progress=show, stop=asked.is_set, ranks=ranks, start=begun
         )
     if not ranks.first:
         return

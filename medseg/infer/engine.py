@@ -427,7 +427,12 @@ def torch_precision(device: torch.device) -> str:
 
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f16"
-    return "bf16" if _BF16_FLAGS & processor_flags() else "f32"
+    return "bf16" if processor_has_bf16() else "f32"
+
+
+def processor_has_bf16() -> bool:
+    """Whether the processor computes in bfloat16, and need not pretend."""
+    return bool(_BF16_FLAGS & processor_flags())
 
 
 def _openvino_precision(core: Any, package: ModelPackage) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from medseg.core.errors import InputError, MedsegError
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """A folder with ``checkpoint.safetensors``, the one before it, ``log.jsonl`` and TensorBoard's events.
+    """A folder with ``checkpoint.safetensors``, the one before it, ``log.jsonl``, TensorBoard's events
+    and a picture of the validation cases.
 
     It must lie outside whatever a workflow deletes before it runs a job again.
     """
@@ -126,6 +129,15 @@ class RunLog:
                     if number is not None:
                         board.add_scalar(f"{name}/{key}", number, record["step"])
         board.flush()
+
+    def picture(self, step: int, image: NDArray[np.uint8]) -> None:
+        """Keep a picture (height, width, 3) as ``validation.png``, in the place of the one before, and
+        in TensorBoard."""
+        from PIL import Image
+
+        with atomic(self.folder / "validation.png") as file:
+            Image.fromarray(image).save(file, format="PNG")
+        self._writer().add_image("validation", image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Finish TensorBoard's file."""

@@ -390,7 +390,6 @@ def _plan(
                 "value": {"mirror": sorted(turn.stored(axis) for axis in mirror)},
                 "reason": "mirrored as the model was; the rest is medseg's",
             },
-            "epochs": {"value": 1000, "reason": usual},
         },
         "fingerprint": digest([plans.model_dump(mode="json"), dataset.model_dump(mode="json")]),
         "regions": regions,

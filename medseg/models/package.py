@@ -231,7 +231,7 @@ def load_package(folder: Path) -> ModelPackage:
     for weights in members:
         _require_readable(weights.path)
     package = ModelPackage(
-        plan=read_plan(folder / "plan.json"),
+        plan=read_plan(folder / "plan.json", inherit=False),
         configuration_name=index.configuration,
         members=members,
         trained_on=index.trained_on,

@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import cc3d
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from medseg.core.errors import InputError
+from medseg.core.grid import Grid
 from medseg.core.progress import Progress, silent
 from medseg.core.provenance import digest
 from medseg.core.shape import cut, pieces
@@ -25,6 +27,9 @@ _SAMPLES = 10_000
 # Percentiles of a whole scan's intensities that are kept, and about how many voxels they stand on.
 PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
 _SCAN_SAMPLES = 50_000
+# The axis along which each letter of an orientation points.
+_AXES = {"L": "x", "R": "x", "P": "y", "A": "y", "I": "z", "S": "z"}
+Shares = tuple[float, float, float]
 
 
 class ChannelPrint(Strict):
@@ -36,16 +41,27 @@ class ChannelPrint(Strict):
     negative_share: Share
 
 
+class LabelPlace(Strict):
+    """Where a label lies in a scan: its centre of mass and the size of its bounding box, as shares of
+    the field of view along x, y, z (from left to right, back to front, foot to head)."""
+
+    centre: tuple[Share, Share, Share]
+    extent: tuple[Share, Share, Share]
+
+
 class CasePrint(Strict):
-    """One case, axes turned to run along x, y, z: voxels, spacing in mm, where the file's own axes
-    pointed ("LPS"), label volumes in mm3 and far-apart pieces by number, labels that the scan's border
-    cuts, the whole scan's intensities by channel, and a hash of its image."""
+    """One case, axes turned to run along x, y, z: voxels, those of the box that holds all that is not
+    zero, spacing in mm, where the file's own axes pointed ("LPS"), label volumes in mm3, places and
+    far-apart pieces by number, labels that the scan's border cuts, the whole scan's intensities by
+    channel, and a hash of its image."""
 
     id: str
     shape: Three
+    box: Three
     spacing: tuple[Millimetres, Millimetres, Millimetres]
     orientation: str
     label_mm3: dict[int, Finite]
+    label_places: dict[int, LabelPlace]
     label_pieces: dict[int, Count]
     label_cut: tuple[int, ...]
     channels: tuple[ChannelPrint, ...]
@@ -68,7 +84,7 @@ class Intensities(Strict):
 class Fingerprint(Strict):
     """What was measured of a task."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     task: str
     cases: tuple[CasePrint, ...]
     intensities: tuple[Intensities, ...]
@@ -79,9 +95,22 @@ class Fingerprint(Strict):
         return np.array([c.shape for c in self.cases], dtype=np.float64)
 
     @property
+    def boxes(self) -> NDArray[np.float64]:
+        """(cases, 3) voxels: what is left of a scan once its empty surroundings are cut away."""
+        return np.array([c.box for c in self.cases], dtype=np.float64)
+
+    @property
     def spacings(self) -> NDArray[np.float64]:
         """(cases, 3) mm."""
         return np.array([c.spacing for c in self.cases])
+
+    def shapes_at(self, spacing: tuple[float, float, float]) -> NDArray[np.float64]:
+        """(cases, 3) voxels of the boxes at a spacing in mm."""
+        return np.maximum(self.boxes * self.spacings / np.array(spacing), 1)
+
+    def typical_shape(self, spacing: tuple[float, float, float]) -> NDArray[np.float64]:
+        """(3,) voxels: the median of the boxes at a spacing."""
+        return np.asarray(np.median(self.shapes_at(spacing), axis=0))
 
     @property
     def duplicates(self) -> dict[str, str]:
@@ -138,19 +167,58 @@ def _measure(task: Task, case: Case) -> tuple[CasePrint, NDArray[np.float64]]:
     volume, labels = load_case(task, case)
     grid = volume.grid.reoriented()
     numbers, counts = np.unique(labels.values, return_counts=True)
+    filled = np.asarray(volume.values.any(axis=0))
     row = CasePrint(
         id=case.id,
         shape=grid.shape,
+        box=_box(filled, volume.grid),
         spacing=grid.spacing,
         orientation=volume.grid.orientation,
         label_mm3={int(n): float(c * grid.voxel_volume) for n, c in zip(numbers, counts, strict=True) if n != 0},
+        label_places=label_places(labels),
         label_pieces=pieces(labels),
         label_cut=tuple(sorted(cut(labels))),
         channels=channel_prints(volume),
-        nonzero_share=float(np.count_nonzero(volume.values.any(axis=0)) / labels.values.size),
+        nonzero_share=float(np.count_nonzero(filled) / labels.values.size),
         image_hash=digest(np.ascontiguousarray(volume.values).tobytes()),
     )
     return row, _sample(volume, labels)
+
+
+def _box(filled: NDArray[np.bool_], grid: Grid) -> Three:
+    """Voxels along x, y, z of the smallest box around what is filled; of the whole grid where nothing is."""
+    shape = []
+    for axis, whole in enumerate(filled.shape):
+        planes = np.flatnonzero(filled.any(axis=tuple(a for a in range(3) if a != axis)))
+        shape.append(int(planes[-1] - planes[0] + 1) if planes.size else whole)
+    return grid.with_shape((shape[0], shape[1], shape[2])).reoriented().shape
+
+
+def label_places(labels: LabelMap) -> dict[int, LabelPlace]:
+    """Where each structure lies, by number; those that are absent are left out."""
+    values = labels.values if labels.values.dtype == np.uint8 else labels.values.astype(np.uint16)
+    found = cc3d.statistics(values)
+    shape = np.array(values.shape)
+    places = {}
+    for number in labels.labels.numbers:
+        if number >= len(found["voxel_counts"]) or not found["voxel_counts"][number]:
+            continue
+        centre = (found["centroids"][number] + 0.5) / shape
+        extent = [(s.stop - s.start) / n for s, n in zip(found["bounding_boxes"][number], shape, strict=True)]
+        turned = _turned(labels.grid.orientation, centre, np.array(extent))
+        places[number] = LabelPlace(centre=turned[0], extent=turned[1])
+    return places
+
+
+def _turned(orientation: str, centre: NDArray[np.float64], extent: NDArray[np.float64]) -> tuple[Shares, Shares]:
+    """Shares along a file's axes as shares along x, y, z."""
+    along = {"xyz".index(_AXES[letter]): n for n, letter in enumerate(orientation)}
+    middle = [1 - centre[n] if orientation[n] in "LPI" else centre[n] for n in (along[a] for a in range(3))]
+    size = [extent[along[a]] for a in range(3)]
+    return (
+        (round(float(middle[0]), 4), round(float(middle[1]), 4), round(float(middle[2]), 4)),
+        (round(float(size[0]), 4), round(float(size[1]), 4), round(float(size[2]), 4)),
+    )
 
 
 def channel_prints(volume: Volume) -> tuple[ChannelPrint, ...]:

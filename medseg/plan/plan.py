@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -15,6 +16,7 @@ from medseg.io.files import read_json, write_json
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -122,9 +124,29 @@ class Network(Strict):
         return product[0], product[1], product[2]
 
 
+class Cost(Strict):
+    """What training one fold takes; no decision, and not in the plan's digest.
+
+    ``memory_bytes``: what the network, its average, the optimiser and all that a step keeps hold on
+    the device. ``ram_bytes``: the whole process, which on a processor holds those too.
+    ``disk_bytes``: the preprocessed cases. ``seconds_per_step`` and ``hours`` (in all, with start,
+    validation and calibration). ``measured_on`` and ``threads``: where a step was timed; None where
+    none was, and the figures are reckoned.
+    """
+
+    seconds_per_step: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    memory_bytes: Annotated[int, Field(ge=0)]
+    ram_bytes: Annotated[int, Field(ge=0)]
+    disk_bytes: Annotated[int, Field(ge=0)]
+    hours: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    measured_on: str | None = None
+    threads: Count | None = None
+
+
 class Configuration(Strict):
-    """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z. In 2D the
-    patch is one voxel thick along ``slice_axis``.
+    """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z, and how
+    many ``steps`` training takes. In 2D the patch is one voxel thick along ``slice_axis``. Imported
+    models have no steps: they are not trained here.
 
     How imported models differ: ``orientation`` "stored" takes the axes as the file has them, whatever
     way they run, and spacing and patch are along those. ``grid`` "shape" rounds the number of voxels
@@ -140,7 +162,8 @@ class Configuration(Strict):
     patch: Decision[Three]
     batch: Decision[Count]
     network: Decision[Network]
-    steps: Decision[Count] | None = _unless(None)
+    steps: Decision[Steps] | None = _unless(None)
+    cost: Cost | None = _unless(None)
     orientation: Literal["ras", "stored"] = _unless("ras")
     grid: Literal["spacing", "shape"] = _unless("spacing")
     thick: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = _unless(None)
@@ -164,7 +187,16 @@ class Configuration(Strict):
 
 
 class Augmentation(Strict):
-    """How far training patches are varied. ``mirror`` lists the axes (0 x, 1 y, 2 z) to flip."""
+    """How far training patches are varied. ``mirror`` lists the axes (0 x, 1 y, 2 z) to flip.
+
+    A share is the probability that a patch (or, of blur and low resolution, one of its channels) is
+    varied so. ``elastic`` is how far the points of a grid are moved, as a share of the 16 voxels that
+    lie between them: below 0.4 nothing folds. ``contrast`` is about the patch's mean. ``blur`` is the
+    largest standard deviation and ``low_resolution`` the largest enlargement of voxels, both in voxels
+    of the finest axis. ``channel_dropout``: how often each optional channel is missing.
+    ``domain_randomisation`` is for models that must travel to other scanners and sequences: everything
+    far stronger, random contrast curves, a brightness of its own for each structure and a bias field.
+    """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
     scaling: Annotated[float, Field(ge=0, lt=0.9)] = 0.2
@@ -173,17 +205,36 @@ class Augmentation(Strict):
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.3
     noise: Annotated[float, Field(ge=0, le=2)] = 0.1
     mirror: tuple[Literal[0, 1, 2], ...] = ()
+    elastic: Annotated[float, Field(ge=0, le=0.4)] = _unless(0.2)
+    elastic_share: Share = _unless(0.0)
+    contrast: Annotated[float, Field(ge=0, lt=1)] = _unless(0.0)
+    blur: Annotated[float, Field(ge=0, le=8)] = _unless(1.0)
+    blur_share: Share = _unless(0.0)
+    low_resolution: Annotated[float, Field(ge=1, le=16)] = _unless(2.0)
+    low_resolution_share: Share = _unless(0.0)
+    channel_dropout: Share = _unless(0.25)
+    domain_randomisation: bool = _unless(False)
 
 
 class Training(Strict):
-    """How to train, whatever the configuration."""
+    """How to train, whatever the configuration. An "epoch" of ``steps_per_epoch`` is how often a run
+    writes down how it stands; how long it takes is in each configuration's ``steps``.
+
+    ``class_share``: of the patches that are centred on a structure, so many draw the structure first
+    and then a case that has it, so that one in a case of a hundred is seen as often as any. ``loss``
+    names one of `medseg.train.loss`. Voxels with the number ``ignore_label`` count for nothing.
+    """
 
     learning_rate: Decision[Annotated[float, Field(gt=0, lt=1)]]
     weight_decay: Decision[Annotated[float, Field(ge=0, lt=1)]]
     foreground_share: Decision[Share]
     augmentation: Decision[Augmentation]
-    epochs: Decision[Count]
     steps_per_epoch: Count = 50
+    class_share: Share = _unless(0.5)
+    loss: Literal["dice-cross-entropy", "dice", "cross-entropy", "dice-focal", "tversky", "dice-boundary"] = _unless(
+        "dice-cross-entropy"
+    )
+    ignore_label: Annotated[int, Field(ge=1, le=65_535)] | None = _unless(None)
 
 
 class Region(Strict):
@@ -196,17 +247,17 @@ class Region(Strict):
 
 
 class Plan(Strict):
-    """Everything a run needs to know besides paths, device, seed and budget.
+    """Everything a run needs to know besides paths, device and seed.
 
     ``optional_channels`` may be missing at prediction, and are then as if they held their mean
-    throughout. They may not be the first. Whether the network can do without them is a question of
-    how it was trained, which the plan does not answer.
+    throughout. They may not be the first. Training leaves them out now and then, as
+    `Augmentation.channel_dropout` has it; an imported model's may not have.
 
     With ``regions`` the network has one output for each, painted in their order, the later over the
     earlier.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     task: str
     channels: Annotated[tuple[str, ...], Field(min_length=1)]
     labels: Annotated[tuple[LabelEntry, ...], Field(min_length=1)]
@@ -237,6 +288,8 @@ class Plan(Strict):
             raise ValueError(f"normalisation {', '.join(sorted(kinds))} goes with the grid 'shape'")
         if unknown := {r.number for r in self.regions} - set(self.label_set.numbers):
             raise ValueError(f"regions are painted as {sorted(unknown)}, which no label has")
+        if self.training.ignore_label in self.label_set.numbers:
+            raise ValueError(f"label {self.training.ignore_label} cannot be both learnt and ignored")
         return self
 
     @property
@@ -266,8 +319,8 @@ class Plan(Strict):
         return self.configurations[name]
 
     def digest(self) -> str:
-        """SHA-256 of what the plan decides; reasons do not count."""
-        return digest(_without_reasons(self.model_dump(mode="json")))
+        """SHA-256 of what the plan decides; reasons and costs do not count."""
+        return digest(_without_reasons(self.model_dump(mode="json", exclude={"configurations": {"__all__": {"cost"}}})))
 
     def preparation(self, name: str) -> str:
         """SHA-256 of what preprocessed cases of a configuration stand on: plans that only train in another
@@ -286,7 +339,14 @@ def _without_reasons(value: Any) -> Any:
 
 
 def parse_plan(value: Any, where: str) -> Plan:
-    """A plan from what JSON held; InputError naming the first thing that is wrong."""
+    """A plan from what JSON held; InputError naming the first thing that is wrong. One of format 1 is
+    brought to this one."""
+    value = _from_format_1(value)
+    if isinstance(value, dict) and isinstance(value.get("training"), dict) and "epochs" in value["training"]:
+        raise InputError(
+            f"{where} is no sound plan: training.epochs: a run's length is in configurations.NAME.steps",
+            "Take it out, or plan anew",
+        )
     try:
         # By way of JSON, since strictness without it would want tuples where JSON has lists.
         return Plan.model_validate_json(json.dumps(value), strict=True)
@@ -296,9 +356,62 @@ def parse_plan(value: Any, where: str) -> Plan:
         raise InputError(f"{where} is no sound plan: {key}: {first['msg']}", "Correct it, or plan anew") from None
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan in a file. Raises InputError where it is missing, of another format or edited amiss."""
-    return parse_plan(read_json(path, "Make it with `medseg plan`"), str(path))
+def _from_format_1(value: Any) -> Any:
+    """A plan of format 1 had epochs, which come to steps; models that were imported were not trained."""
+    if not isinstance(value, dict) or type(value.get("format")) is not int or value["format"] != 1:
+        return value
+    value = json.loads(json.dumps(value))
+    # One that is no sound plan of any format is left to the check of the whole.
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        training, value["format"] = value["training"], 2
+        epochs = training.pop("epochs")["value"]
+        steps = {"value": epochs * training.get("steps_per_epoch", 50), "reason": f"{epochs} epochs"}
+        for configuration in value["configurations"].values():
+            if configuration.get("grid", "spacing") == "spacing":
+                configuration["steps"] = steps
+    return value
+
+
+def read_plan(path: Path, *, inherit: bool = True) -> Plan:
+    """The plan in a file. Raises InputError where it is missing, of another format or edited amiss.
+
+    A file may name another by ``inherits`` (a path, from its own folder on) and say only what differs:
+    objects are merged key by key, anything else takes the other's place. What is said of a decision
+    needs a reason of its own, and a configuration that is changed loses its cost. InputError where the
+    other is missing or inherits from this one. A file from elsewhere is read without (``inherit``).
+    """
+    found = read_json(path, "Make it with `medseg plan`")
+    return parse_plan(_inherited(found, path, ()) if inherit else found, str(path))
+
+
+def _inherited(value: Any, path: Path, heirs: tuple[Path, ...]) -> Any:
+    """What a plan's file comes to with all that it inherits; ``heirs`` led to it."""
+    if not isinstance(value, dict) or "inherits" not in value:
+        return value
+    said = value["inherits"]
+    if not isinstance(said, str) or not said:
+        raise InputError(f"{path} is no sound plan: inherits: {said!r} is no path", "Name another plan.json")
+    here = (*heirs, path.resolve())
+    base = (path.parent / said).resolve()
+    if base in here:
+        raise InputError(f"{path} is no sound plan: inherits: {said} inherits from it", "Let one stand by itself")
+    other = read_json(base, f"It is what {path} inherits from: correct `inherits` there")
+    other = _from_format_1(_inherited(other, base, here))
+    if not isinstance(other, dict):
+        raise InputError(f"{path} is no sound plan: inherits: {said} holds no plan", "Name another plan.json")
+    return _merged(other, {k: v for k, v in value.items() if k != "inherits"})
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        under = base.get(key)
+        merged[key] = _merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    if "value" in changes and "value" in base:
+        merged["reason"] = changes.get("reason", "changed by hand")
+    elif "patch" in base and "cost" not in changes:
+        merged.pop("cost", None)
+    return merged
 
 
 def write_plan(path: Path, plan: Plan) -> None:

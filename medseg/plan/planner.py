@@ -1,17 +1,18 @@
-"""Fingerprint in, plan out. The rules follow nnU-Net (Isensee et al., Nature Methods 2021), with
-patch and width scaled to the machine at hand."""
+"""Fingerprint in, plan out. The rules follow nnU-Net (Isensee et al., Nature Methods 2021), with patch,
+width and length fitted to the memory and the time that there are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
+from medseg.plan.cost import Meter
 from medseg.plan.fingerprint import Fingerprint
+from medseg.plan.mirror import mirrored
 from medseg.plan.plan import (
     Augmentation,
     Configuration,
@@ -23,68 +24,71 @@ from medseg.plan.plan import (
     Three,
     Training,
 )
+from medseg.plan.scale import Chooser, Size, Target
 
 # Slices this much farther apart than pixels make a volume anisotropic (as in nnU-Net).
 _ANISOTROPIC = 3.0
 # The coarsest feature map keeps at least this many voxels along each axis.
 _COARSEST = 4
 _MOST_STAGES = 6
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the plan is for: ``cpu`` or ``gpu``. It bounds voxels in a patch and features."""
-
-    kind: str
-
-    @property
-    def patch_voxels(self) -> int:
-        return 128**3 if self.kind == "gpu" else 48**3
-
-    @property
-    def slice_pixels(self) -> int:
-        return 512**2 if self.kind == "gpu" else 192**2
-
-    @property
-    def first_features(self) -> int:
-        return 32 if self.kind == "gpu" else 16
-
-    @property
-    def most_features(self) -> int:
-        return 320 if self.kind == "gpu" else 128
+# A patch that holds less than this share of a typical case sees too little around it: the same is
+# planned at low resolution too, where that has at most half the voxels (both as in nnU-Net).
+_SEEN = 0.25
+_COARSER = 1.03
+# The third only where scans are much larger than a patch.
+_NAMES = ("3d", "2d", "3d-low")
 
 
 def plan(
     measured: Fingerprint,
     labels: LabelSet,
+    target: Target | None = None,
     *,
-    machine: str = "cpu",
-    epochs: int | None = None,
+    meter: Meter | None = None,
     optional_channels: Sequence[str] = (),
 ) -> Plan:
     """Decide how to train on a task, and say why.
 
-    ``machine`` is ``cpu`` or ``gpu``; ``optional_channels`` are those that a scan may lack. Raises
-    InputError where a label is in no case, and for an optional channel that is the first or none.
+    ``meter`` measures a step of a candidate on the machine that the plan is for; without one time and
+    memory are reckoned, and the plan says so. ``optional_channels`` are those that a scan may lack.
+    Raises InputError where a label is in no case, for an optional channel that is the first or none,
+    for a budget of an unknown configuration, and where not even the smallest network fits the memory.
     """
-    if machine not in ("cpu", "gpu"):
-        raise InputError(f"no plan is made for the machine {machine!r}", "Say cpu or gpu")
+    target = target or Target()
+    if target.kind not in ("cpu", "gpu"):
+        raise InputError(f"no plan is made for the machine {target.kind!r}", "Say cpu or gpu")
+    if target.steps is not None and target.budgets:
+        raise InputError("a number of steps and a budget say the same twice", "Give one of them")
     present = {number for case in measured.cases for number in case.label_mm3}
     if missing := [label for label in labels if label.number not in present]:
         raise InputError(
             f"no case of {measured.task} has the label {missing[0].number} {missing[0].name}",
             "Take it off dataset.json or add cases that have it",
         )
-    target = Machine(machine)
-    configurations = {"3d": _volumes(measured, target), "2d": _slices(measured, target)}
+    channels = [i.channel for i in measured.intensities]
+    may_lack = _optional(optional_channels, channels)
+    if unknown := set(target.budgets) - {"", *_NAMES}:
+        raise InputError(f"a budget is given for {sorted(unknown)[0]!r}", f"Configurations are {', '.join(_NAMES)}")
+    chooser = Chooser(measured, len(labels) + 1, target, meter)
+    volumes, size = chooser.choose("3d", lambda size: _volumes(measured, size))
+    slices, _ = chooser.choose("2d", lambda size: _slices(measured, size))
+    configurations = {"3d": volumes, "2d": slices}
+    coarse = _low_resolution(measured, volumes, size)
+    if coarse is not None:
+        configurations["3d-low"], _ = chooser.choose("3d-low", lambda _: coarse, (size,))
+    if unknown := set(target.budgets) - set(configurations) - {""}:
+        raise InputError(
+            f"a budget is given for {sorted(unknown)[0]}, which is not planned: a patch holds enough of a case",
+            f"Its configurations are {', '.join(configurations)}",
+        )
     return Plan(
         task=measured.task,
-        channels=tuple(i.channel for i in measured.intensities),
+        channels=tuple(channels),
         labels=tuple(LabelEntry(name=label.name, number=label.number, code=label.code) for label in labels),
-        optional_channels=_optional(optional_channels, [i.channel for i in measured.intensities]),
+        optional_channels=may_lack,
         normalisation=_normalisation(measured),
         configurations=configurations,
-        training=_training(epochs),
+        training=_training(measured, labels),
         fingerprint=measured.digest(),
     )
 
@@ -106,7 +110,7 @@ def _optional(names: Sequence[str], channels: Sequence[str]) -> Decision[tuple[s
 
 def _normalisation(measured: Fingerprint) -> Decision[tuple[Normalisation, ...]]:
     rules, reasons = [], []
-    for channel in measured.intensities:
+    for number, channel in enumerate(measured.intensities):
         if channel.channel.strip().lower() == "ct":
             rules.append(
                 Normalisation(
@@ -121,7 +125,9 @@ def _normalisation(measured: Fingerprint) -> Decision[tuple[Normalisation, ...]]
             reasons.append(f"{channel.channel}: Hounsfield units mean the same in every scan, so the clip is shared")
         else:
             rules.append(Normalisation(channel=channel.channel, kind="zscore"))
-            reasons.append(f"{channel.channel}: intensities have no unit, so each case is scaled by itself")
+            zeros = [c.channels[number].zero_share for c in measured.cases if number < len(c.channels)]
+            masked = f", over the voxels that are not zero: {np.median(zeros):.0%} are background" if zeros else ""
+            reasons.append(f"{channel.channel}: intensities have no unit, so each case is scaled by itself{masked}")
     return Decision(value=tuple(rules), reason="; ".join(reasons))
 
 
@@ -136,37 +142,60 @@ def _spacing(measured: Fingerprint) -> Decision[tuple[float, float, float]]:
     return Decision(value=_floats(median), reason=reason)
 
 
-def _typical_shape(measured: Fingerprint, spacing: tuple[float, float, float]) -> NDArray[np.float64]:
-    return np.median(measured.shapes * measured.spacings / np.array(spacing), axis=0)
-
-
-def _volumes(measured: Fingerprint, machine: Machine) -> Configuration:
-    spacing = _spacing(measured)
-    typical = _typical_shape(measured, spacing.value)
-    patch, network = _fit(typical, np.array(spacing.value), machine.patch_voxels, machine, axes=(0, 1, 2))
+def _volumes(
+    measured: Fingerprint, size: Size, spacing: Decision[tuple[float, float, float]] | None = None
+) -> Configuration:
+    spacing = spacing or _spacing(measured)
+    typical = measured.typical_shape(spacing.value)
+    patch, network = _fit(typical, np.array(spacing.value), size.voxels, size, axes=(0, 1, 2))
     whole = "covers the typical case" if (np.array(patch) >= typical).all() else "is as much of it as fits"
     return Configuration(
         dimensions=3,
         spacing=spacing,
         patch=Decision(
             value=patch,
-            reason=f"the typical case has {_size(typical)} voxels; the patch {whole} in "
-            f"{machine.patch_voxels} voxels, the bound for a {machine.kind}",
+            reason=f"the typical case has {_size(typical)} voxels; the patch {whole} in {size.voxels}",
         ),
         batch=Decision(value=2, reason="the smallest batch, in favour of the largest patch"),
         network=network,
     )
 
 
-def _slices(measured: Fingerprint, machine: Machine) -> Configuration:
+def _low_resolution(measured: Fingerprint, full: Configuration, size: Size) -> Configuration | None:
+    """A 3D configuration whose patch holds a quarter of the typical case, where that of full resolution
+    does not and half the voxels do; as nnU-Net's ``3d_lowres``."""
+    spacing = np.array(full.spacing.value)
+    typical = measured.typical_shape(full.spacing.value)
+    if np.prod(full.patch.value) >= _SEEN * np.prod(typical):
+        return None
+    seen = _SEEN * np.prod(typical) / np.prod(full.patch.value)  # above 1: by how much the patch falls short
+    reason = "coarser than the data, until a patch holds a quarter of the typical case"
+    while True:
+        while seen > 1:
+            spacing, before = _coarser(spacing), spacing
+            seen /= np.prod(spacing / before)
+        coarse = _volumes(measured, size, Decision(value=_floats(spacing), reason=reason))
+        shape = measured.typical_shape(coarse.spacing.value)
+        seen = _SEEN * np.prod(shape) / np.prod(coarse.patch.value)
+        if seen <= 1:
+            return coarse if 2 * np.prod(shape) <= np.prod(typical) else None
+
+
+def _coarser(spacing: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A little; thick slices stay as they are until pixels have come near them."""
+    finer = spacing < spacing.max() / 2
+    return np.where(finer if finer.any() else True, spacing * _COARSER, spacing)
+
+
+def _slices(measured: Fingerprint, size: Size) -> Configuration:
     spacing = _spacing(measured)
     steps = np.array(spacing.value)
     uneven = steps.max() > 1.1 * np.sort(steps)[1]
     axis = int(np.argmax(steps)) if uneven else 2
     plane = tuple(a for a in range(3) if a != axis)
-    typical = _typical_shape(measured, spacing.value)
-    patch, network = _fit(typical, steps, machine.slice_pixels, machine, axes=plane)
-    batch = int(np.clip(2 * machine.patch_voxels // (3 * np.prod(patch)), 8, 32))
+    typical = measured.typical_shape(spacing.value)
+    patch, network = _fit(typical, steps, size.pixels, size, axes=plane)
+    batch = int(np.clip(2 * size.voxels // (3 * np.prod(patch)), 8, 32))
     return Configuration(
         dimensions=2,
         slice_axis=axis,  # type: ignore[arg-type]
@@ -174,8 +203,7 @@ def _slices(measured: Fingerprint, machine: Machine) -> Configuration:
         patch=Decision(
             value=patch,
             reason=f"slices across {'xyz'[axis]}, {'the coarsest axis' if uneven else 'no axis being coarsest'}; "
-            f"a typical one has "
-            f"{_size(typical[list(plane)])} pixels",
+            f"a typical one has {_size(typical[list(plane)])} pixels",
         ),
         batch=Decision(value=batch, reason="as many slices as cost about a 3D step"),
         network=network,
@@ -183,59 +211,71 @@ def _slices(measured: Fingerprint, machine: Machine) -> Configuration:
 
 
 def _fit(
-    typical: NDArray[np.float64], spacing: NDArray[np.float64], most: int, machine: Machine, axes: tuple[int, ...]
+    typical: NDArray[np.float64], spacing: NDArray[np.float64], most: int, limits: Size, axes: tuple[int, ...]
 ) -> tuple[Three, Decision[Network]]:
     """A patch within ``most`` voxels that the network's strides divide: the typical case, shortened
     where it reaches farthest in mm."""
     size = np.ones(3)
     longest = most / (2 * _COARSEST) ** (len(axes) - 1)  # with the other axes as short as can be
     size[list(axes)] = np.clip(np.rint(typical[list(axes)]), 2 * _COARSEST, longest)
+    inside = np.isin(np.arange(3), axes)
+    while np.prod(size) > 4 * most:
+        # From far off in large steps, whatever the strides.
+        reach = np.where(inside & (size > 2 * _COARSEST), size * spacing, 0)
+        axis = int(np.argmax(reach))
+        size[axis] = max(2 * _COARSEST, 0.9 * size[axis])
     while True:
-        network = _network(size, spacing, machine, axes)
-        patch = np.array([_round_up(s, d) for s, d in zip(size, network.value.divisor, strict=True)])
+        kernels, strides, coarsest = _stages(size, spacing, axes)
+        divisor = np.prod(strides, axis=0)
+        patch = np.array([_round_up(s, d) for s, d in zip(size, divisor, strict=True)])
         if np.prod(patch) <= most:
-            return _three(patch), network
+            return _three(patch), _network(kernels, strides, coarsest, limits)
         # Take from the axis that reaches farthest in mm, so that the patch tends to a cube.
-        reach = np.where(np.isin(np.arange(3), axes) & (patch > 2 * _COARSEST), patch * spacing, 0)
+        reach = np.where(inside & (patch > 2 * _COARSEST), patch * spacing, 0)
         axis = int(np.argmax(reach))
         size = np.minimum(size, patch).astype(float)
-        size[axis] = patch[axis] - network.value.divisor[axis]
+        size[axis] = patch[axis] - divisor[axis]
 
 
-def _network(
-    size: NDArray[np.float64], spacing: NDArray[np.float64], machine: Machine, axes: tuple[int, ...]
-) -> Decision[Network]:
-    """Stages are added while an axis can be halved: long enough, and no coarser than twice the
-    finest of those long enough. A kernel spans an axis once its spacing is within twice the finest
-    or it is halved, and from then on."""
+def _stages(
+    size: NDArray[np.float64], spacing: NDArray[np.float64], axes: tuple[int, ...]
+) -> tuple[list[Three], list[Three], str]:
+    """Kernels and strides, and the size that they bring a patch down to.
+
+    Stages are added while an axis can be halved: long enough, and no coarser than twice the finest of
+    those long enough. A kernel spans an axis once its spacing is within twice the finest or it is
+    halved, and from then on.
+    """
     size, spacing = size.copy(), spacing.copy()
     inside = np.isin(np.arange(3), axes)
     kernels: list[Three] = []
     strides: list[Three] = []
-    features: list[int] = []
     stride = np.ones(3, dtype=int)
     near = np.zeros(3, dtype=bool)
     while True:
         near |= inside & (spacing <= 2 * spacing[inside].min() * (1 + 1e-6))
         kernels.append(_three(np.where(near, 3, 1)))
         strides.append(_three(stride))
-        features.append(min(machine.first_features * 2 ** len(features), machine.most_features))
         long = inside & (size / 2 >= _COARSEST)
-        if not long.any() or len(features) == _MOST_STAGES:
-            break
+        if not long.any() or len(kernels) == _MOST_STAGES:
+            return kernels, strides, _size(size[list(axes)])
         halve = long & (spacing <= 2 * spacing[long].min() * (1 + 1e-6))
         near |= halve
         stride = np.where(halve, 2, 1)
         size, spacing = size / stride, spacing * stride
-    network = Network(features=tuple(features), kernels=tuple(kernels), strides=tuple(strides))
+
+
+def _network(kernels: list[Three], strides: list[Three], coarsest: str, limits: Size) -> Decision[Network]:
+    features = [min(limits.first_features * 2**stage, limits.most_features) for stage in range(len(kernels))]
     return Decision(
-        value=network,
-        reason=f"{len(features)} stages bring the patch down to {_size(size[list(axes)])}; "
+        value=Network(features=tuple(features), kernels=tuple(kernels), strides=tuple(strides)),
+        reason=f"{len(features)} stages bring the patch down to {coarsest}; "
         "coarse axes are halved, and spanned by kernels, only once the others have caught up",
     )
 
 
-def _training(epochs: int | None) -> Training:
+def _training(measured: Fingerprint, labels: LabelSet) -> Training:
+    axes, why = mirrored(measured, labels)
     return Training(
         learning_rate=Decision(
             value=1e-2,
@@ -245,13 +285,14 @@ def _training(epochs: int | None) -> Training:
         weight_decay=Decision(value=1e-2, reason="AdamW's own"),
         foreground_share=Decision(value=0.5, reason="half of the patches hold a structure, each one as likely"),
         augmentation=Decision(
-            value=Augmentation(),
-            reason="moderate rotation, scaling and intensity changes; no mirroring, since left and right differ",
-        ),
-        epochs=Decision(
-            value=epochs or 100, reason="as asked for" if epochs else "5,000 steps; --epochs or --budget override it"
+            value=Augmentation(mirror=axes),
+            reason=f"moderate rotation, scaling and intensity changes; mirrored along {_axis_names(axes)}: {why}",
         ),
     )
+
+
+def _axis_names(axes: Sequence[int]) -> str:
+    return ", ".join("xyz"[axis] for axis in axes) or "no axis"
 
 
 def _round_up(size: float, divisor: int) -> int:

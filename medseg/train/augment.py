@@ -1,8 +1,10 @@
-"""Variation of training patches: drawn by one function, applied by another."""
+"""Variation of training patches: drawn patch by patch from a generator, applied to a batch at once on
+whatever device it lies on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,55 +13,143 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from medseg.plan.plan import Augmentation, Configuration
+from medseg.plan.plan import Augmentation, Configuration, Plan
+
+Float64 = NDArray[np.float64]
 
 # Rotation out of the plane of slices this much thicker than pixels would smear them.
 _ANISOTROPIC = 3.0
 _GAMMA_SHARE = 0.3
+# Of the patches whose gamma is changed, those that are bent from the bright end (as nnU-Net has it).
+_INVERTED_SHARE = 0.25
+# Between the points that move, or that hold a bias field, in voxels of the finest axis.
+_CELL, _BIAS_CELL = 16, 32
+# Domain randomisation: knots of a contrast curve, how often it runs downwards, and the standard
+# deviations of a structure's own brightness and of the logarithm of the bias.
+_KNOTS, _DOWNWARDS, _OWN_BRIGHTNESS, _BIAS = 8, 0.3, 0.5, 0.3
 
 
 @dataclass(frozen=True)
 class Variation:
-    """All that is random about a patch. ``matrix`` (3, 3) takes offsets from the patch's middle to
-    offsets in the case's array, in voxels; None where the patch is cut as it stands. The intensity
-    figures are one per channel."""
+    """All that is random about a patch but its noise.
 
-    matrix: NDArray[np.float64] | None
-    gain: NDArray[np.float64]
-    shift: NDArray[np.float64]
-    gamma: NDArray[np.float64]
-    noise: float
-    noise_seed: int
+    ``matrix`` (3, 3) takes offsets from the patch's middle to offsets in the case's array, in voxels;
+    None where the patch is cut as it stands. ``bend`` (3, *points) moves those offsets first: cubic
+    B-splines' coefficients, in voxels. The others are one per channel (C,), ``blur`` (standard
+    deviations) and ``coarse`` (enlargement) one per channel and axis (C, 3), in voxels. Of domain
+    randomisation: ``curve`` (C, knots) over the patch's range, ``own`` (C, classes) brightness, and
+    ``bias`` (*points), a logarithm.
+    """
+
+    gamma: Float64
+    inverted: NDArray[np.bool_]
+    contrast: Float64
+    gain: Float64
+    shift: Float64
+    blur: Float64
+    coarse: Float64
+    noise: Float64
+    dropped: NDArray[np.bool_]
+    matrix: Float64 | None = None
+    bend: Float64 | None = None
+    curve: Float64 | None = None
+    own: Float64 | None = None
+    bias: Float64 | None = None
 
 
-def draw(rng: np.random.Generator, settings: Augmentation, configuration: Configuration, channels: int) -> Variation:
-    """Draw a variation within the settings."""
-    matrix = None
+def draw(rng: np.random.Generator, plan: Plan, configuration: Configuration) -> Variation:
+    """Draw a variation within the plan's settings."""
+    settings, channels = plan.training.augmentation.value, len(plan.channels)
+    if settings.domain_randomisation:
+        settings = _stronger(settings)
+    matrix, bend = _draw_place(rng, settings, configuration)
+    gamma = np.exp(rng.uniform(-settings.gamma, settings.gamma, channels) * (rng.random() < _GAMMA_SHARE))
+    optional = np.isin(plan.channels, plan.optional_channels.value)
+    variation = Variation(
+        matrix=matrix,
+        bend=bend,
+        gamma=gamma,
+        inverted=np.full(channels, rng.random() < _INVERTED_SHARE),
+        contrast=1 + rng.uniform(-settings.contrast, settings.contrast, channels),
+        gain=1 + rng.uniform(-settings.intensity, settings.intensity, channels),
+        shift=rng.uniform(-settings.intensity, settings.intensity, channels),
+        blur=_draw_blur(rng, settings, configuration, channels),
+        coarse=_draw_coarse(rng, settings, configuration, channels),
+        noise=np.full(channels, rng.uniform(0, settings.noise)),
+        dropped=optional & (rng.random(channels) < settings.channel_dropout),
+    )
+    return _randomised(rng, variation, plan, configuration) if settings.domain_randomisation else variation
+
+
+def _stronger(settings: Augmentation) -> Augmentation:
+    """What models that must travel are trained with, in the manner of SynthSeg (Billot et al., 2023)."""
+    least = {
+        "rotation_degrees": 30.0, "scaling": 0.3, "spatial_share": 0.8, "elastic_share": 0.5, "intensity": 0.4,
+        "contrast": 0.4, "gamma": 0.5, "noise": 0.3, "blur": 2.0, "blur_share": 0.5, "low_resolution": 4.0,
+        "low_resolution_share": 0.5,
+    }  # fmt: skip
+    return settings.model_copy(update={name: max(value, getattr(settings, name)) for name, value in least.items()})
+
+
+def _randomised(rng: np.random.Generator, variation: Variation, plan: Plan, configuration: Configuration) -> Variation:
+    """With a contrast curve, a brightness for each structure, and a bias field, each for one patch in two."""
+    channels = len(plan.channels)
+    level = np.linspace(0, 1, _KNOTS)
+    if rng.random() < _DOWNWARDS:
+        level = level[::-1]
+    strength = rng.random((channels, 1))
+    curve = (1 - strength) * level + strength * rng.random((channels, _KNOTS))
+    own = rng.normal(0, _OWN_BRIGHTNESS, (channels, len(plan.labels) + 1))
+    bias = rng.normal(0, _BIAS, _points(configuration, _BIAS_CELL))
+    use = rng.random(3) < 0.5
+    return replace(
+        variation,
+        curve=curve if use[0] else None,
+        own=own if use[1] else None,
+        bias=bias if use[2] else None,
+    )
+
+
+# ---- space --------------------------------------------------------------------------------------
+
+
+def _draw_place(
+    rng: np.random.Generator, settings: Augmentation, configuration: Configuration
+) -> tuple[Float64 | None, Float64 | None]:
+    """The matrix and the bend, None where there are none."""
+    matrix = bend = None
     mirrors = [axis for axis in settings.mirror if rng.random() < 0.5]
     if rng.random() < settings.spatial_share:
         matrix = _rotation(rng, settings.rotation_degrees, configuration) * np.exp(
             rng.uniform(np.log(1 - settings.scaling), np.log(1 + settings.scaling))
         )
+    if settings.elastic_share and rng.random() < settings.elastic_share:
+        # Of one distance in mm along every axis; up to 1/2.48 of the cell nothing folds (Choi and Lee, 2000).
+        bend = rng.uniform(-1, 1, (3, *_points(configuration, _CELL))) * settings.elastic
+        bend *= _cell(configuration, _CELL).reshape(3, 1, 1, 1)
+        thick = _thick(configuration)
+        if thick is not None:
+            bend[thick] = 0
+        matrix = np.eye(3) if matrix is None else matrix
     if mirrors:
         signs = np.array([-1.0 if axis in mirrors else 1.0 for axis in range(3)])
         matrix = (np.eye(3) if matrix is None else matrix) * signs
-    return Variation(
-        matrix=matrix,
-        gain=1 + rng.uniform(-settings.intensity, settings.intensity, channels),
-        shift=rng.uniform(-settings.intensity, settings.intensity, channels),
-        gamma=np.exp(rng.uniform(-settings.gamma, settings.gamma, channels) * (rng.random() < _GAMMA_SHARE)),
-        noise=float(rng.uniform(0, settings.noise)),
-        noise_seed=int(rng.integers(2**62)),
-    )
+    return matrix, bend
 
 
-def _rotation(rng: np.random.Generator, degrees: float, configuration: Configuration) -> NDArray[np.float64]:
-    """A rotation in space, in voxels: about the slice axis alone in 2D or where slices are thick."""
+def _thick(configuration: Configuration) -> int | None:
+    """The axis that patches are not turned or bent out of the plane of: that of a 2D configuration's
+    slices, or one of thick slices."""
     spacing = np.array(configuration.spacing.value)
+    if configuration.slice_axis is None and spacing.max() > _ANISOTROPIC * spacing.min():
+        return int(np.argmax(spacing))
+    return configuration.slice_axis
+
+
+def _rotation(rng: np.random.Generator, degrees: float, configuration: Configuration) -> Float64:
+    """A rotation in space, in voxels: about the slice axis alone in 2D or where slices are thick."""
+    spacing, thick = np.array(configuration.spacing.value), _thick(configuration)
     angles = np.deg2rad(rng.uniform(-degrees, degrees, 3))
-    thick: int | None = configuration.slice_axis
-    if thick is None and spacing.max() > _ANISOTROPIC * spacing.min():
-        thick = int(np.argmax(spacing))
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         if thick is not None and axis != thick:
@@ -72,64 +162,262 @@ def _rotation(rng: np.random.Generator, degrees: float, configuration: Configura
     return matrix * spacing[None, :] / spacing[:, None]
 
 
-def cut(
-    image: NDArray[Any],
-    labels: NDArray[Any],
-    centre: tuple[float, float, float],
-    patch: tuple[int, int, int],
-    matrix: NDArray[np.float64] | None,
+def _finest(configuration: Configuration) -> Float64:
+    """Voxels of the finest axis, in voxels of each axis (3,)."""
+    spacing = np.array(configuration.spacing.value)
+    return min(spacing[a] for a in _axes(configuration)) / spacing
+
+
+def _axes(configuration: Configuration) -> list[int]:
+    return [a for a in range(3) if a != configuration.slice_axis]
+
+
+def _cell(configuration: Configuration, finest: int) -> Float64:
+    return finest * _finest(configuration)
+
+
+def _points(configuration: Configuration, cell: int) -> tuple[int, ...]:
+    """How many coefficients a spline over the patch has along each axis; 1 along that of slices."""
+    sides = zip(configuration.patch.value, _cell(configuration, cell), strict=True)
+    return tuple(1 if a == configuration.slice_axis else int((n - 1) / c) + 4 for a, (n, c) in enumerate(sides))
+
+
+def reach(variation: Variation, patch: Sequence[int]) -> Float64:
+    """How far from its middle a patch sees along each axis of the case's array (3,), in voxels."""
+    half = (np.array(patch) - 1) / 2
+    if variation.matrix is None:
+        return half
+    if variation.bend is not None:  # a spline lies within its coefficients
+        half = half + np.abs(variation.bend).max(axis=(1, 2, 3))
+    return np.abs(variation.matrix) @ half
+
+
+def move(
+    images: Tensor, classes: Tensor, middles: Float64, variations: Sequence[Variation], configuration: Configuration
 ) -> tuple[Tensor, Tensor]:
-    """A patch (C, *patch) float32 and its labels (*patch) int64 out of a case's arrays (C, X, Y, Z)
-    and (X, Y, Z), zeros outside them; turned and scaled by ``matrix`` about ``centre``, linearly
-    for the image, to the nearest voxel for the labels."""
-    offsets = [np.arange(p) - (p - 1) / 2 for p in patch]
-    if matrix is None:
-        start = [round(c - (p - 1) / 2) for c, p in zip(centre, patch, strict=True)]
-        return _box(image, start, patch, torch.float32), _box(labels[None], start, patch, torch.int64)[0]
-    corners = np.stack(np.meshgrid(*[o[[0, -1]] for o in offsets], indexing="ij"), -1).reshape(-1, 3) @ matrix.T
-    low = np.floor(corners.min(axis=0) + centre).astype(int) - 1
-    size = np.ceil(corners.max(axis=0) + centre).astype(int) + 2 - low
-    start, shape = [int(v) for v in low], (int(size[0]), int(size[1]), int(size[2]))
-    # Positions in the box, normalised to (-1, 1) edge to edge and ordered z, y, x, as grid_sample has it.
-    x, y, z = (torch.tensor(np.outer(matrix[:, a], o), dtype=torch.float32) for a, o in enumerate(offsets))
-    grid = x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
-    middle = torch.tensor(np.asarray(centre) - low, dtype=torch.float32).view(3, 1, 1, 1)
-    extent = torch.tensor(shape, dtype=torch.float32).view(3, 1, 1, 1)
-    grid = ((2 * (grid + middle) + 1) / extent - 1).flip(0).permute(1, 2, 3, 0)[None]
-    values = F.grid_sample(_box(image, start, shape, torch.float32)[None], grid, mode="bilinear", align_corners=False)[
-        0
+    """Patches (B, C, *patch) float32 and their classes (B, *patch) int64 out of boxes of cases (B, C,
+    *box) and (B, *box), in 2D without the slice axis.
+
+    ``middles`` (B, 3) says where in its box the middle of each patch is to come from. A patch without
+    a matrix is the box's first corner; the others are interpolated, linearly for images and to the
+    nearest voxel for classes, with zeros outside of the box.
+    """
+    axes = _axes(configuration)
+    patch = [configuration.patch.value[a] for a in axes]
+    still = [i for i, v in enumerate(variations) if v.matrix is None]
+    moving = [i for i, v in enumerate(variations) if v.matrix is not None]
+    out = images.new_empty((*images.shape[:2], *patch), dtype=torch.float32)
+    found = classes.new_empty((len(classes), *patch), dtype=torch.int64)
+    corner = tuple(slice(0, n) for n in patch)
+    for i in still:
+        out[i], found[i] = images[i][(slice(None), *corner)], classes[i][corner]
+    if moving:
+        grid = _grid(images, middles[moving], [variations[i] for i in moving], configuration)
+        boxes, labels = (values if not still else values[moving] for values in (images, classes))
+        linear = F.grid_sample(boxes.float(), grid, mode="bilinear", align_corners=False)
+        nearest = F.grid_sample(labels.unsqueeze(1).float(), grid, mode="nearest", align_corners=False).squeeze(1)
+        for row, i in enumerate(moving):
+            out[i], found[i] = linear[row], nearest[row]
+    return out, found
+
+
+def _grid(images: Tensor, middles: Float64, variations: Sequence[Variation], configuration: Configuration) -> Tensor:
+    """Where each voxel of each patch comes from (B, *patch, d), normalised to (-1, 1) edge to edge
+    and ordered z, y, x, as grid_sample has it."""
+    axes = _axes(configuration)
+    extent = np.array(images.shape[2:], dtype=float)[None]
+    scale = (2 / extent)[:, :, None]
+    matrices = np.stack([v.matrix[np.ix_(axes, axes)] for v in variations if v.matrix is not None]) * scale
+    start = (2 * middles[:, axes] + 1) / extent - 1
+    patch = [configuration.patch.value[a] for a in axes]
+    # Sums, not a matrix product, which a GPU may round to ten bits.
+    grid = _tensor(start[:, ::-1], images).view(len(start), *[1] * len(patch), len(patch))
+    for a, size in enumerate(patch):
+        steps = _tensor(matrices[:, ::-1, a, None] * (np.arange(size) - (size - 1) / 2), images)  # (B, d, size)
+        grid = grid + steps.mT.reshape(len(start), *[size if b == a else 1 for b in range(len(patch))], len(patch))
+    bent = [i for i, v in enumerate(variations) if v.bend is not None]
+    if bent:
+        bends = np.stack([_plane(v.bend[axes], configuration) for v in variations if v.bend is not None])
+        # Splines are linear in their coefficients, so these can be turned in place of the patch.
+        turned = np.einsum("mij,mj...->mi...", matrices[bent], bends)[:, ::-1]
+        moved = _spline(_tensor(turned.reshape(-1, *turned.shape[2:]), images), patch, configuration, _CELL)
+        grid[bent] += moved.view(len(bent), len(patch), *patch).movedim(1, -1)
+    return grid
+
+
+def _plane(points: Float64, configuration: Configuration) -> Float64:
+    """Coefficients without the slice axis of a 2D configuration, which is one along it."""
+    flat = configuration.slice_axis
+    return points if flat is None else points.squeeze(points.ndim - 3 + flat)
+
+
+def _spline(points: Tensor, patch: Sequence[int], configuration: Configuration, cell: int) -> Tensor:
+    """A uniform cubic B-spline's values (N, *patch) of its coefficients (N, *points)."""
+    cells = _cell(configuration, cell)[_axes(configuration)]
+    bases = [_basis(n, c, k)[None] for n, c, k in zip(patch, cells, points.shape[1:], strict=True)]
+    return _along(points, [_tensor(basis, points) for basis in bases])
+
+
+def _basis(size: int, cell: float, points: int) -> Float64:
+    """(size, points): the weight of each coefficient at each voxel."""
+    first, t = np.divmod(np.arange(size) / cell, 1)
+    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
+    basis = np.zeros((size, points))
+    for k, weight in enumerate(weights):
+        basis[np.arange(size), first.astype(int) + k] = weight
+    return basis
+
+
+# ---- intensities --------------------------------------------------------------------------------
+
+
+def _draw_blur(
+    rng: np.random.Generator, settings: Augmentation, configuration: Configuration, channels: int
+) -> Float64:
+    """Standard deviations (C, 3), the same in mm along every axis; 0 where nothing is blurred."""
+    chosen = rng.random((channels, 1)) < settings.blur_share
+    return chosen * rng.uniform(0, settings.blur, (channels, 1)) * _finest(configuration)
+
+
+def _draw_coarse(
+    rng: np.random.Generator, settings: Augmentation, configuration: Configuration, channels: int
+) -> Float64:
+    """Voxels' enlargement (C, 3): to cubes, or one patch in two, where domains are randomised, to slices
+    across one axis."""
+    chosen = rng.random((channels, 1)) < settings.low_resolution_share
+    size = 1 + chosen * rng.uniform(0, settings.low_resolution - 1, (channels, 1)) * np.ones(3)
+    if settings.domain_randomisation and rng.random() < 0.5:
+        across = rng.integers(3)
+        size = np.where(np.arange(3) == across, size, 1)
+    return np.maximum(1, size * _finest(configuration))
+
+
+def change(
+    images: Tensor, classes: Tensor, variations: Sequence[Variation], configuration: Configuration, seed: int
+) -> Tensor:
+    """Change the intensities of patches (B, C, ...) float32, in place, and give them back. ``classes``
+    (B, ...) are theirs; noise comes from a generator of the images' device with the ``seed``."""
+    rows = images.flatten(0, 1)
+
+    def of(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(v, name) for v in variations])
+
+    _randomise(images, classes, variations, configuration)
+    gamma = of("gamma")
+    _where(rows, gamma != 1, lambda some, which: _gamma(some, gamma[which], of("inverted")[which]))
+    _affine(rows, of("contrast"), of("gain"), of("shift"))
+    blur, coarse = (of(name)[:, _axes(configuration)] for name in ("blur", "coarse"))
+    _where(rows, (blur > 0).any(1) | (coarse > 1).any(1), lambda some, which: _blur(some, blur[which], coarse[which]))
+    noise = of("noise")
+    if noise.any():
+        generator = torch.Generator(images.device).manual_seed(seed)
+        rows.addcmul_(torch.randn(rows.shape, generator=generator, device=images.device), _column(noise, rows))
+    dropped = of("dropped")
+    _where(rows, dropped, lambda some, _: torch.zeros_like(some))
+    return images
+
+
+def _where(rows: Tensor, chosen: Any, act: Callable[[Tensor, NDArray[np.intp]], Tensor]) -> None:
+    """Put in the place of the rows that are chosen (N,) what ``act`` makes of them and their numbers."""
+    which = np.flatnonzero(chosen)
+    if len(which):
+        index = torch.from_numpy(which).to(rows.device)
+        rows[index] = act(rows[index], which)
+
+
+def _randomise(images: Tensor, classes: Tensor, variations: Sequence[Variation], configuration: Configuration) -> None:
+    """Domain randomisation: curve, a brightness for each structure, bias; sample by sample."""
+    for image, truth, variation in zip(images, classes, variations, strict=True):
+        if variation.curve is not None:
+            image.copy_(_curve(image, _tensor(variation.curve, image)))
+        if variation.own is not None:
+            image += _tensor(variation.own, image)[:, truth.clamp_min(0)]
+        if variation.bias is not None:
+            points = _tensor(_plane(variation.bias, configuration)[None], image)
+            low, _ = _range(image)
+            field = _spline(points, image.shape[1:], configuration, _BIAS_CELL)
+            image.sub_(low).mul_(field.exp()).add_(low)
+
+
+def _curve(rows: Tensor, knots: Tensor) -> Tensor:
+    """Bend each row (N, ...) by its own broken line (N, knots) over the row's range."""
+    low, span = _range(rows)
+    at = ((rows - low) / span * (knots.shape[1] - 1)).flatten(1)
+    first = at.floor().clamp(0, knots.shape[1] - 2).long()
+    before, after = knots.gather(1, first), knots.gather(1, first + 1)
+    return (before + (after - before) * (at - first)).view_as(rows) * span + low
+
+
+def _gamma(rows: Tensor, gamma: Float64, inverted: NDArray[np.bool_]) -> Tensor:
+    """Gamma of each row on its own range, or on its negative's."""
+    sign = _column(np.where(inverted, -1.0, 1.0), rows)
+    rows = rows * sign
+    low, span = _range(rows)
+    return (((rows - low) / span).pow(_column(gamma, rows)) * span + low) * sign
+
+
+def _range(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest of each row (N, 1, ...), and how far above it the highest is."""
+    axes = list(range(1, rows.ndim))
+    low, high = rows.amin(axes, keepdim=True), rows.amax(axes, keepdim=True)
+    return low, (high - low).clamp_min(1e-6)
+
+
+def _affine(rows: Tensor, contrast: Float64, gain: Float64, shift: Float64) -> None:
+    """Contrast about the row's mean, then gain and shift, in place."""
+    offset = _column(shift, rows)
+    if (contrast != 1).any():
+        offset = offset + rows.mean(list(range(1, rows.ndim)), keepdim=True) * _column((1 - contrast) * gain, rows)
+    rows.mul_(_column(contrast * gain, rows)).add_(offset)
+
+
+def _blur(rows: Tensor, blur: Float64, coarse: Float64) -> Tensor:
+    """Blur and coarsen rows (N, ...) by (N, d): both are one matrix for each row and axis, and a
+    product of small matrices is quicker than convolutions, of another width in every row."""
+    matrices = [
+        np.stack([_coarser(size, c) @ _gaussian(size, b) for b, c in zip(blur[:, axis], coarse[:, axis], strict=True)])
+        for axis, size in enumerate(rows.shape[1:])
     ]
-    classes = _box(labels[None], start, shape, torch.float32)[None]
-    nearest = F.grid_sample(classes, grid, mode="nearest", align_corners=False)[0, 0]
-    return values, nearest.round().long()
+    return _along(rows, [_tensor(matrix, rows) for matrix in matrices])
 
 
-def _box(values: NDArray[Any], start: list[int], shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """A box (C, *shape) of an array (C, X, Y, Z), zeros where it reaches outside."""
-    out = torch.zeros((len(values), *shape), dtype=dtype)
-    inner, outer = [], []
-    for s, n, size in zip(start, shape, values.shape[1:], strict=True):
-        first, last = max(s, 0), min(s + n, size)
-        if last <= first:
-            return out
-        inner.append(slice(first, last))
-        outer.append(slice(first - s, last - s))
-    # Copied, since torch takes no read-only arrays, which mapped files are.
-    out[(slice(None), *outer)] = torch.from_numpy(np.array(values[(slice(None), *inner)])).to(dtype)
-    return out
+def _gaussian(size: int, deviation: float) -> Float64:
+    """(size, size): a Gaussian about each voxel, of sum 1 within the patch."""
+    if deviation < 0.1:  # the next voxel would weigh e^-50
+        return np.eye(size)
+    away = np.subtract.outer(np.arange(size), np.arange(size)) / deviation
+    weights = np.exp(-0.5 * away**2)
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
-def vary(image: Tensor, variation: Variation) -> Tensor:
-    """Change the intensities of a patch (C, ...): gamma on its own range, gain, shift, noise."""
-    channels = (-1, *[1] * (image.ndim - 1))
-    gamma = torch.tensor(variation.gamma, dtype=torch.float32).view(channels)
-    if bool((gamma != 1).any()):
-        axes = list(range(1, image.ndim))
-        low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
-        reach = (high - low).clamp_min(1e-6)
-        image = ((image - low) / reach).pow(gamma) * reach + low
-    gain = torch.tensor(variation.gain, dtype=torch.float32).view(channels)
-    shift = torch.tensor(variation.shift, dtype=torch.float32).view(channels)
-    generator = torch.Generator().manual_seed(variation.noise_seed)
-    noise = torch.randn(image.shape, generator=generator) * variation.noise
-    return image * gain + shift + noise
+def _coarser(size: int, enlargement: float) -> Float64:
+    """(size, size): means over larger voxels, and linear interpolation between their middles."""
+    count = max(1, round(size / enlargement))
+    if count == size:
+        return np.eye(size)
+    edges = np.linspace(0, size, count + 1)
+    low, high = (np.clip(e[:, None], np.arange(size), np.arange(1, size + 1)) for e in (edges[:-1], edges[1:]))
+    means = (high - low) / (size / count)
+    middles = (edges[:-1] + edges[1:]) / 2
+    return np.stack([np.interp(np.arange(size) + 0.5, middles, one) for one in means.T], axis=1)
+
+
+# ---- both ---------------------------------------------------------------------------------------
+
+
+def _along(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Multiply values (N, ...) along each axis by its matrix (N or 1, new, old)."""
+    for axis, matrix in enumerate(matrices, start=1):
+        turned = values.movedim(axis, 1)
+        product = matrix @ turned.flatten(2)
+        values = product.view(len(turned), -1, *turned.shape[2:]).movedim(1, axis)
+    return values
+
+
+def _tensor(values: NDArray[Any], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(like.device, non_blocking=True)
+
+
+def _column(values: NDArray[Any], rows: Tensor) -> Tensor:
+    """A number for each row (N, ...), shaped to be multiplied with it."""
+    return _tensor(values, rows).view(-1, *[1] * (rows.ndim - 1))

@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,23 +21,28 @@ from medseg.evaluate.overlap import dice
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
-from medseg.io.store import CaseStore, StoredCase
+from medseg.io.store import CaseStore
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Configuration, Plan
-from medseg.train.augment import cut, draw, vary
-from medseg.train.loss import supervised
+from medseg.train.batches import Batches, Feed
+from medseg.train.loss import loss_of, supervised
+from medseg.train.picture import Rgb, picture, side_by_side
 from medseg.train.ranks import ALONE, Ranks
-from medseg.train.sample import draw_case, draw_place
 
 _CHECKPOINT_SECONDS = 60.0
-_VALIDATIONS = 10
+_VALIDATIONS, _PICTURED = 10, 4
 _CLIP = 12.0
 _EMA = 0.999
 # On a GPU, asking for each loss as it comes would keep the next step waiting.
 _LOOKED_AT_ONCE = 16
+# Less of a network than this is no start: a bias fits by chance.
+_FITTING = 0.1
 # After a loss that was no number the learning rate is this share of what it was.
 _TAMED = 0.5
+
+
+Loss = Callable[[Tensor | list[Tensor], Tensor], Tensor]
 
 
 class StoppedError(MedsegError):
@@ -64,12 +68,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: for a progress bar. ``dice`` is that of the last validation."""
+    """Where a run is: for whoever watches. ``dice`` is that of the last validation."""
 
     step: int
     steps: int
     loss: float
     dice: float | None
+    seconds_left: float
 
 
 def train(
@@ -82,6 +87,7 @@ def train(
     progress: Callable[[Progress], None] = lambda now: None,
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
+    start: ModelPackage | None = None,
 ) -> tuple[ModelPackage, tuple[dict[str, Any], ...]]:
     """Train one network for as many steps as the plan says, and give back the package with its averaged
     weights, and the run's log.
@@ -91,7 +97,8 @@ def train(
     the same weights, bit for bit, however often the run was stopped or killed; on a GPU only where
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
     predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
-    step. With several ``ranks`` each takes its share of every batch.
+    step. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
+    to begin with, as far as they are `fitting`.
 
     A loss that is no number brings the run back to its last checkpoint, to go on at half the learning
     rate, once. Raises MedsegError where that happens again, or another run has the same place, and
@@ -101,8 +108,8 @@ def train(
     device = ranks.device(pick_device(setup.device))
     _repeatable(setup.deterministic, device)
     configuration = plan.configuration(setup.configuration)
-    if plan.regions or configuration.previous is not None:
-        raise InputError("training for regions, or on another model's labels, is not done here", "Plan anew")
+    if configuration.previous is not None:
+        raise InputError("training on another model's labels is not done here", "Plan anew")
     if configuration.steps is None:
         raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")
     store.require(plan.preparation(setup.configuration), setup.configuration)
@@ -119,13 +126,15 @@ def train(
         "seed": setup.seed,
         "train": list(setup.train),
         "ranks": ranks.count,
+        "start": start.digest() if start else None,
     }
     log = log.of(digest(identity)[:12])
     with log.alone(ranks.first):
-        fresh = partial(Learner.fresh, plan, configuration, setup.seed, device, ranks)
+        fresh = partial(Learner.fresh, plan, configuration, setup.seed, device, ranks, start)
         learner = fresh()
         learner.take_up(log, identity)
-        started, saved = time.perf_counter() - learner.seconds, time.perf_counter()
+        begun = saved = time.perf_counter()
+        started, done = begun - learner.seconds, 0
         last_dice: float | None = None
         while learner.step < steps:
             for losses in learner.stretches(batches, steps, every):
@@ -147,15 +156,19 @@ def train(
                     learner.recent = []
                     validated = bool(validation) and (ended or _due(learner.step, steps, every))
                     if validated and ranks.first:
-                        record |= validate(learner.average, validation, plan, setup.configuration, device)
-                        last_dice = record["dice"]
+                        scores, image = validate(learner.average, validation, plan, setup.configuration, device)
+                        record |= scores
+                        last_dice = scores["dice"]
+                        log.picture(learner.step, image)
                     if ranks.first:
                         log.write(record)
                 due = validated or ended or stopping or time.perf_counter() - saved > _CHECKPOINT_SECONDS
                 if due and ranks.first:
                     learner.save(log, identity)
                     saved = time.perf_counter()
-                progress(Progress(learner.step, steps, losses[-1], last_dice))
+                done += len(losses)
+                left = (time.perf_counter() - begun) / done * (steps - learner.step)
+                progress(Progress(learner.step, steps, losses[-1], last_dice, left))
                 if stopping and not ended:
                     raise StoppedError(
                         f"stopped at step {learner.step} of {steps}; the same command goes on from there"
@@ -178,6 +191,7 @@ def train(
             "deterministic": setup.deterministic or device.type == "cpu",
             "steps": learner.step,
             "setbacks": learner.setbacks,
+            "start": identity["start"],
             "seconds": round(learner.seconds, 1),
             "plan": plan.digest(),
         },
@@ -194,6 +208,7 @@ class Learner:
     average: nn.Module
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    loss: Loss
     base_rate: float
     ranks: Ranks
     step: int = 0
@@ -203,40 +218,46 @@ class Learner:
     rate: float = 0.0
 
     @classmethod
-    def fresh(cls, plan: Plan, configuration: Configuration, seed: int, device: torch.device, ranks: Ranks) -> Learner:
-        """One that has learnt nothing yet."""
+    def fresh(
+        cls,
+        plan: Plan,
+        configuration: Configuration,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks,
+        start: ModelPackage | None,
+    ) -> Learner:
+        """One that has learnt nothing yet, or what ``start`` has."""
         torch.manual_seed(seed)
-        network = build(configuration, len(plan.channels), len(plan.labels) + 1).to(device)
+        network = build(configuration, len(plan.channels), plan.outputs)
+        if start:
+            network.load_state_dict(fitting(start, network)[0], strict=False)
+        network = network.to(device)
         training = plan.training
         optimiser = torch.optim.AdamW(
             network.parameters(), lr=training.learning_rate.value, weight_decay=training.weight_decay.value, fused=True
         )
         scaler = torch.amp.GradScaler(device.type, enabled=torch_precision(device) == "f16")
         average = copy.deepcopy(network).eval()
-        return cls(network, average, optimiser, scaler, training.learning_rate.value, ranks)
+        return cls(network, average, optimiser, scaler, loss_of(plan), training.learning_rate.value, ranks)
 
     def stretches(self, batches: Batches, steps: int, every: int) -> Iterator[list[float]]:
         """Train on to the end, giving losses step by step; on a GPU, where to ask for each as it comes
         would keep the next step waiting, some steps at a time, but never across a record."""
         at_once = 1 if batches.device.type == "cpu" else _LOOKED_AT_ONCE
         network = self.ranks.wrap(self.network)
-        with ThreadPoolExecutor(1) as ahead:
-            upcoming = ahead.submit(batches, self.step)
-            try:
-                while self.step < steps:
-                    losses = []
-                    for _ in range(min(at_once, steps - self.step, every - self.step % every)):
-                        images, targets = upcoming.result()
-                        upcoming = ahead.submit(batches, self.step + 1)
-                        self.rate = self.base_rate * _TAMED**self.setbacks * schedule(self.step / steps)
-                        for group in self.optimiser.param_groups:
-                            group["lr"] = self.rate
-                        losses.append(train_step(network, self.optimiser, images, targets, self.scaler))
-                        self.step += 1
-                        _average(self.average, self.network, self.step)
-                    yield self.ranks.mean(torch.stack(losses)).tolist()
-            finally:
-                upcoming.cancel()
+        with Feed(batches, self.step) as feed:
+            while self.step < steps:
+                losses = []
+                for _ in range(min(at_once, steps - self.step, every - self.step % every)):
+                    images, targets = next(feed)
+                    self.rate = self.base_rate * _TAMED**self.setbacks * schedule(self.step / steps)
+                    for group in self.optimiser.param_groups:
+                        group["lr"] = self.rate
+                    losses.append(train_step(network, self.optimiser, images, targets, self.loss, self.scaler))
+                    self.step += 1
+                    _average(self.average, self.network, self.step)
+                yield self.ranks.mean(torch.stack(losses)).tolist()
 
     def save(self, log: RunLog, identity: dict[str, Any]) -> None:
         """Write a checkpoint."""
@@ -300,11 +321,26 @@ class Learner:
         return fresh
 
 
+def fitting(start: ModelPackage, network: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The weights of a model's first member whose names and shapes are a network's, and the names of the
+    network's that find none. Raises InputError where they make up less than a tenth of the network."""
+    own, weights = network.state_dict(), start.members[0]
+    found = {name: weights[name] for name in own if name in weights}
+    found = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
+    if sum(t.numel() for t in found.values()) < _FITTING * sum(t.numel() for t in own.values()):
+        raise InputError(
+            f"hardly a layer of {start.name} has the name and shape of one of this plan's network",
+            "Let plan.json inherit the network of that model's plan.json",
+        )
+    return found, tuple(name for name in own if name not in found)
+
+
 def train_step(
     network: nn.Module,
     optimiser: torch.optim.Optimizer,
     images: Tensor,
     targets: Tensor,
+    loss: Loss = supervised,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """One step, in half precision where the device is made for it; returns the loss, which is no number
@@ -314,58 +350,20 @@ def train_step(
     half = torch.float16 if precision == "f16" else torch.bfloat16
     with torch.autocast(images.device.type, half, enabled=precision != "f32"):
         outputs = network(images)
-    loss = supervised(outputs, targets)
+    value = loss(outputs, targets)
     optimiser.zero_grad(set_to_none=True)
     if scaler is None or not scaler.is_enabled():
-        loss.backward()
+        value.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
         optimiser.step()
-        return torch.where(norm.isfinite(), loss.detach(), torch.nan)
+        return torch.where(norm.isfinite(), value.detach(), torch.nan)
     # Gradients that overflow half precision are the scaler's business: it leaves such a step out.
-    scaler.scale(loss).backward()
+    scaler.scale(value).backward()
     scaler.unscale_(optimiser)
     nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
     scaler.step(optimiser)
     scaler.update()
-    return loss.detach()
-
-
-class Batches:
-    """The batch of each step: called with its number, from any thread, in any order."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        configuration: Configuration,
-        cases: list[StoredCase],
-        seed: int,
-        device: torch.device,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.plan, self.configuration, self.cases, self.seed, self.device = plan, configuration, cases, seed, device
-        self._share = ranks.share(configuration.batch.value)
-        numbers = np.array([0, *plan.label_set.numbers])
-        self._class_of = np.zeros(numbers.max() + 1, dtype=np.int64)
-        self._class_of[numbers] = np.arange(len(numbers))
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *patch) and classes (B, *patch); 2D patches without their slice axis."""
-        batch, flat = self.configuration.batch.value, self.configuration.slice_axis
-        pairs = [self._one(step * batch + i) for i in self._share]
-        images, targets = torch.stack([i for i, _ in pairs]), torch.stack([t for _, t in pairs])
-        if flat is not None:
-            images, targets = images.squeeze(2 + flat), targets.squeeze(1 + flat)
-        return images.to(self.device), targets.to(self.device)
-
-    def _one(self, number: int) -> tuple[Tensor, Tensor]:
-        training, patch = self.plan.training, self.configuration.patch.value
-        rng = np.random.default_rng([self.seed, 0, number])
-        case = draw_case(self.seed, number, len(self.cases))
-        place = draw_place(rng, self.cases, case, patch, training.foreground_share.value)
-        variation = draw(rng, training.augmentation.value, self.configuration, len(self.plan.channels))
-        stored = self.cases[case]
-        image, labels = cut(stored.image, stored.labels, place.centre, patch, variation.matrix)
-        return vary(image, variation), torch.from_numpy(self._class_of)[labels]
+    return value.detach()
 
 
 def _repeatable(deterministic: bool, device: torch.device) -> None:
@@ -389,18 +387,23 @@ def validate(
     plan: Plan,
     configuration: str,
     device: torch.device,
-) -> dict[str, Any]:
-    """Mean Dice over the cases: of all labels as "dice", and of each as "dice_by_label"."""
+) -> tuple[dict[str, Any], Rgb]:
+    """Mean Dice over the cases, of all labels as "dice", and of each as "dice_by_label"; and a picture of
+    the first few of them."""
     scores: dict[str, list[float]] = {label.name: [] for label in plan.label_set}
-    engine = TorchEngine([network], plan.configuration(configuration), len(plan.labels) + 1, device)
+    engine = TorchEngine([network], plan.configuration(configuration), plan.outputs, device)
+    pictures: list[Rgb] = []
     for _, volume, reference in cases:
         found = segment(engine, volume, plan, configuration).label_map
+        if len(pictures) < _PICTURED:
+            pictures.append(picture(volume, found, reference))
         for label in plan.label_set:
             truth = reference.values == label.number
             if truth.any():
                 scores[label.name].append(dice(found.values == label.number, truth))
     means = {name: float(np.mean(values)) for name, values in scores.items() if values}
-    return {"dice": float(np.mean(list(means.values()))) if means else 0.0, "dice_by_label": means}
+    overall = float(np.mean(list(means.values()))) if means else 0.0
+    return {"dice": overall, "dice_by_label": means}, side_by_side(pictures)
 
 
 def _due(step: int, steps: int, every: int) -> bool:

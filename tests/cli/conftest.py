@@ -87,14 +87,14 @@ def made(tiny_task: Callable[..., Path], small_plan: Any, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("made")
     one = Made(tiny_task(folder / "Task00_blobs", 6, unlabelled=2), folder / "run", {})
     one.outcomes["check"] = call("check", one.task)
-    one.outcomes["plan"] = call("plan", one.task, "-o", one.run, "--folds", 3, "--machine", "cpu")
+    one.outcomes["plan"] = call("plan", one.task, "-o", one.run, "--folds", 3, "--machine", "cpu", "--no-measure")
     plan = json.loads((one.run / "plan.json").read_text())
-    small = json.loads(small_plan(steps_per_epoch=160, learning_rate=1e-2).model_dump_json())
+    small = json.loads(small_plan(steps=160, steps_per_epoch=160, learning_rate=1e-2).model_dump_json())
     plan["configurations"] = small["configurations"]
     plan["training"] = small["training"]
     (one.run / "plan.json").write_text(json.dumps(plan))
     one.outcomes["preprocess"] = call("preprocess", one.run, "--threads", 1)
-    one.outcomes["train"] = call("train", one.run, "--epochs", 1, "--threads", 1, "--device", "cpu")
+    one.outcomes["train"] = call("train", one.run, "--threads", 1, "--device", "cpu")
     predictions = one.fold / "predictions"
     one.outcomes["predict"] = call(
         "predict", one.task, "--held-out", "-m", one.model, "-o", predictions, "--threads", 1

@@ -27,12 +27,12 @@ def two(medseg: Any, tiny_task: Callable[..., Path], small_plan: Any, tmp_path_f
     """A folder with a model of the channels T2 and ADC, and a test case whole and in parts."""
     folder = tmp_path_factory.mktemp("two")
     task = tiny_task(folder / "Task00_blobs", 4, channels=("T2", "ADC"), unlabelled=1)
-    assert medseg("plan", task, "-o", folder / "run", "--folds", 2, "--machine", "cpu").status == 0
+    assert medseg("plan", task, "-o", folder / "run", "--folds", 2, "--machine", "cpu", "--no-measure").status == 0
     plan = json.loads((folder / "run" / "plan.json").read_text())
     small = json.loads(small_plan(channels=("T2", "ADC"), steps_per_epoch=20).model_dump_json())
     plan |= {"configurations": small["configurations"], "training": small["training"]}
     (folder / "run" / "plan.json").write_text(json.dumps(plan))
-    for verb in (["preprocess", folder / "run", "--threads", 1], ["train", folder / "run", "--epochs", 1, *QUICK]):
+    for verb in (["preprocess", folder / "run", "--threads", 1], ["train", folder / "run", *QUICK]):
         assert medseg(*verb).status == 0
     shutil.copytree(folder / "run" / "3d" / "fold0" / "model", folder / "model")
     whole = nib.load(next((task / "imagesTs").glob("*.nii.gz")))
@@ -145,7 +145,7 @@ def optional(two: Path, medseg: Any, tmp_path: Path) -> Path:
     path.write_text(json.dumps(plan))
     for folder in ("3d", "checkpoints"):
         shutil.rmtree(tmp_path / "run" / folder)
-    for verb in (["preprocess", tmp_path / "run", "--threads", 1], ["train", tmp_path / "run", "--epochs", 1, *QUICK]):
+    for verb in (["preprocess", tmp_path / "run", "--threads", 1], ["train", tmp_path / "run", *QUICK]):
         assert medseg(*verb).status == 0
     return tmp_path / "run" / "3d" / "fold0" / "model"
 
@@ -173,7 +173,19 @@ def test_a_channel_that_the_model_can_do_without(two: Path, optional: Path, meds
 
 def test_plan_names_what_may_be_missing(two: Path, medseg: Any, tmp_path: Path) -> None:
     task = two / "Task00_blobs"
-    done = medseg("plan", task, "-o", tmp_path / "run", "--optional-channel", "ADC", "--machine", "cpu", "--folds", 2)
+    done = medseg(
+        "plan",
+        task,
+        "-o",
+        tmp_path / "run",
+        "--optional-channel",
+        "ADC",
+        "--machine",
+        "cpu",
+        "--folds",
+        2,
+        "--no-measure",
+    )
     assert done.status == 0, done
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["optional_channels"]["value"] == ["ADC"]

@@ -83,7 +83,7 @@ def test_the_model_says_what_it_was_trained_on(made: Any) -> None:
     assert package.held_out == tuple(fold["validation"])
     assert package.plan.digest() == read_plan(made.run / "plan.json").digest()
     log = json.loads((made.fold / "log.json").read_text())
-    assert log["options"] == "--epochs 1 --seed 0"
+    assert log["options"] == "--seed 0"
     assert log["records"][-1]["step"] == 160
 
 
@@ -109,9 +109,9 @@ def test_a_fingerprint_of_another_format_stops_training_before_it_starts(
     run = made.copy(tmp_path).run
     old = json.loads((run / "fingerprint.json").read_text())
     (run / "fingerprint.json").write_text(json.dumps({**old, "format": 1}))
-    medseg("train", run, "--epochs", 1, "--threads", 1).refused("fingerprint.json has another format. Plan anew")
+    medseg("train", run, "--threads", 1).refused("fingerprint.json has another format. Plan anew")
     (run / "fingerprint.json").unlink()
-    medseg("train", run, "--epochs", 1, "--threads", 1).refused("fingerprint.json", "medseg plan")
+    medseg("train", run, "--threads", 1).refused("fingerprint.json", "medseg plan")
 
 
 def test_held_out_cases_are_predicted_and_no_others(made: Any) -> None:
@@ -148,29 +148,71 @@ def test_the_report_names_every_case_and_structure(made: Any) -> None:
 def test_training_again_where_it_ended_changes_nothing(made: Any, medseg: Any, tmp_path: Path) -> None:
     mine = made.copy(tmp_path)
     before = load_package(mine.model).digest()
-    outcome = medseg("train", mine.run, "--epochs", 1, "--threads", 1, "--device", "cpu")
+    outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
     assert outcome.status == 0, outcome
     assert "160 steps" in outcome.out
     assert load_package(mine.model).digest() == before
 
 
-def test_a_budget_goes_into_the_log(made: Any, medseg: Any, tmp_path: Path) -> None:
-    mine = made.copy(tmp_path)
-    outcome = medseg("train", mine.run, "--budget", "1s", "--threads", 1, "--device", "cpu", "--seed", 3)
+def test_a_budget_becomes_steps_and_is_told_with_what_they_cost(made: Any, medseg: Any, tmp_path: Path) -> None:
+    budgets = ("--budget", "3d=30s", "--budget", "2d=20s")
+    outcome = medseg("plan", made.task, "-o", tmp_path / "run", "--machine", "cpu", *budgets, "--threads", 1)
     assert outcome.status == 0, outcome
-    assert json.loads((mine.fold / "log.json").read_text())["options"] == "--budget 1s --seed 3"
+    plan = read_plan(tmp_path / "run" / "plan.json")
+    for name, seconds in (("3d", 30), ("2d", 20)):
+        c = plan.configuration(name)
+        assert c.steps is not None
+        assert c.cost is not None
+        assert c.cost.measured_on
+        assert c.cost.threads == 1
+        assert 0.4 * seconds < c.steps.value * c.cost.seconds_per_step < seconds
+        assert f"{seconds} s" in c.steps.reason
+        assert f"{c.steps.value} steps" in outcome.out
+    assert "measured on" in outcome.out
+
+
+def test_a_plan_for_a_gpu_elsewhere_says_that_nothing_was_measured(made: Any, medseg: Any, tmp_path: Path) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU")
+    outcome = medseg("plan", made.task, "-o", tmp_path / "run", "--gpu-memory", "80GiB", "--budget", "1d")
+    assert outcome.status == 0, outcome
+    assert "reckoned, not measured" in outcome.out
+    plan = read_plan(tmp_path / "run" / "plan.json")
+    for name in ("3d", "2d"):
+        c = plan.configuration(name)
+        assert c.cost is not None
+        assert c.cost.measured_on is None
+        assert "80 GiB that the gpu may give, reckoned, not measured" in c.patch.reason.replace("about ", "")
+
+
+def test_too_little_memory_is_told_before_anything_starts(made: Any, medseg: Any, tmp_path: Path) -> None:
+    arguments = ("plan", made.task, "-o", tmp_path / "run", "--memory", "100MiB", "--no-measure")
+    medseg(*arguments).refused("even the smallest plan, patches of", "0.10 GiB are allowed", "--memory")
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_plan_that_inherits_is_preprocessed_and_trained(made: Any, medseg: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    (mine.run / "plan.json").rename(mine.run / "base.json")
+    shorter = {"inherits": "base.json", "configurations": {"3d": {"steps": {"value": 3, "reason": "a try"}}}}
+    (mine.run / "plan.json").write_text(json.dumps(shorter))
+    assert medseg("preprocess", mine.run, "--threads", 1).status == 0
+    outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert "3 steps in" in outcome.out
+    assert "inherits" not in (mine.model / "plan.json").read_text()
 
 
 def test_planning_again_keeps_folds_and_puts_an_edited_plan_aside(made: Any, medseg: Any, tmp_path: Path) -> None:
     mine = made.copy(tmp_path)
     edited, folds = read_plan(mine.run / "plan.json"), (mine.run / "folds.json").read_bytes()
-    outcome = medseg("plan", mine.task, "-o", mine.run, "--folds", 2, "--machine", "cpu")
+    outcome = medseg("plan", mine.task, "-o", mine.run, "--folds", 2, "--machine", "cpu", "--no-measure")
     assert outcome.status == 0
     assert "kept" in outcome.err
     assert "plan.earlier.json" in outcome.err
     assert (mine.run / "folds.json").read_bytes() == folds
     assert read_plan(mine.run / "plan.earlier.json") == edited
-    again = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu")
+    again = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu", "--no-measure")
     assert "plan.earlier.json" not in again.err
     assert read_plan(mine.run / "plan.earlier.json") == edited
 
@@ -189,7 +231,7 @@ def test_a_task_that_moved_is_found_after_planning_anew(made: Any, medseg: Any, 
     moved = mine.task.rename(tmp_path / "elsewhere" / mine.task.name)
     for command in (["preprocess"], ["train"], ["report"]):
         medseg(*command, mine.run).refused("is not at", str(mine.task), "medseg plan TASK")
-    assert medseg("plan", moved, "-o", mine.run, "--machine", "cpu").status == 0
+    assert medseg("plan", moved, "-o", mine.run, "--no-measure").status == 0
     assert medseg("report", mine.run).status == 0
 
 
@@ -197,7 +239,7 @@ def test_other_folds_may_be_given(made: Any, medseg: Any, tmp_path: Path) -> Non
     ids = [f"blob_{n:03d}" for n in range(6)]
     splits = tmp_path / "splits_final.json"
     splits.write_text(json.dumps([{"train": ids[:4], "val": ids[4:]}]))
-    assert medseg("plan", made.task, "-o", tmp_path / "run", "--splits", splits).status == 0
+    assert medseg("plan", made.task, "-o", tmp_path / "run", "--splits", splits, "--no-measure").status == 0
     folds = json.loads((tmp_path / "run" / "folds.json").read_text())["folds"]
     assert folds == [{"train": ids[:4], "validation": ids[4:]}]
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medseg.core.errors import InputError
 from medseg.io.store import INDEX, CaseStore
@@ -35,10 +39,12 @@ def test_there_and_back(store: CaseStore) -> None:
     assert np.array_equal(case.image, IMAGE.astype(np.float16))
     assert case.labels.dtype == np.uint16
     assert np.array_equal(case.labels, LABELS)
+    assert case.image.shape == IMAGE.shape
+    assert case.image.nbytes == 2 * IMAGE.size
     assert set(case.places) == {1, 300}
     for number, where in case.places.items():
         assert where.dtype == np.int64
-        assert (case.labels.ravel()[where] == number).all()
+        assert (LABELS.ravel()[where] == number).all()
         assert len(where) == np.equal(LABELS, number).sum()
 
 
@@ -55,20 +61,66 @@ def test_arrays_that_are_turned_or_in_fortran_order_keep_their_meaning(store: Ca
     assert case.places == {}
 
 
-def test_arrays_are_mapped_and_cannot_be_written(store: CaseStore) -> None:
+sides = st.integers(1, 70)
+
+
+@given(st.tuples(sides, sides, sides), st.integers(0, 2**31))
+def test_any_box_is_read_as_the_whole_has_it(tmp_path_factory: Any, shape: tuple[int, int, int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(2, *shape)).astype(np.float16)
+    store = CaseStore(tmp_path_factory.mktemp("store"))
+    store.write("a", image, rng.integers(0, 9, shape).astype(np.uint8), {})
     case = store.read("a")
-    for array in (case.image, case.labels):
-        assert isinstance(array, np.memmap)
-        with pytest.raises(ValueError, match="read-only"):
-            array[...] = 0
+    for _ in range(5):
+        ends = [np.sort(rng.integers(0, n + 1, 2)) for n in shape]
+        box = tuple(slice(int(a), int(b)) for a, b in ends)
+        assert np.array_equal(case.image[(slice(None), *box)], image[(slice(None), *box)])
+        assert np.array_equal(case.image[(slice(1, 2), *box)], image[(slice(1, 2), *box)])
+        assert case.labels[box].shape == tuple(b - a for a, b in ends)
+    assert np.array_equal(case.image, image)
+    # Little of the file is empty.
+    assert (store.folder / "a.image.npy").stat().st_size < 4 * image.size * np.prod([1 + 2 / n for n in shape]) + 200
 
 
-def test_a_case_is_replaced_without_disturbing_who_reads_it(store: CaseStore) -> None:
+def test_a_part_costs_what_it_touches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CaseStore(tmp_path)
+    image = np.zeros((1, 128, 128, 256), dtype=np.float16)
+    store.write("a", image, np.zeros(image.shape[1:], dtype=np.uint8), {})
+    read = []
+    monkeypatch.setattr(os, "pread", lambda file, n, at, pread=os.pread: (read.append(n), pread(file, n, at))[1])
+    assert store.read("a").image[:, 32:64, 40:60, 100:120].shape == (1, 32, 20, 20)
+    assert sum(read) == 2**16  # one block of 32 x 32 x 32
+
+
+def test_many_threads_read_at_once(store: CaseStore) -> None:
+    case = store.read("a")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: case.image[:, i % 5 : 5, 0:6, 0:7], range(200)))
+    assert all(np.array_equal(one, IMAGE.astype(np.float16)[:, i % 5 :]) for i, one in enumerate(found))
+
+
+def test_a_case_that_is_replaced_is_not_taken_for_the_old_one(store: CaseStore) -> None:
     before = store.read("a")
     store.write("a", IMAGE + 5, LABELS, PLACES)
-    assert np.array_equal(before.image, IMAGE.astype(np.float16))
+    with pytest.raises(ValueError, match=r"a\.image\.npy has changed since it was written"):
+        np.array(before.image)
     assert np.array_equal(store.read("a").image, (IMAGE + 5).astype(np.float16))
     assert not [p for p in store.folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_changed_or_lost_byte_is_found_when_it_is_read(store: CaseStore) -> None:
+    path, case = store.folder / "a.image.npy", store.read("a")
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="has changed"):
+        np.array(case.image)
+    path.write_bytes(data[:-100])  # which would have ended a process that had the file mapped
+    with pytest.raises(ValueError, match="has changed"):
+        np.array(case.image)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        np.array(case.image)
 
 
 # ---- whole, and of this plan --------------------------------------------------------------------
@@ -89,7 +141,7 @@ def test_another_plan_or_configuration_is_refused(store: CaseStore, plan: str, c
         store.require(plan, configuration)
 
 
-@pytest.mark.parametrize("index", [[], {"format": 2, "plan": "digest", "configuration": "3d"}, {}, 1])
+@pytest.mark.parametrize("index", [[], {"format": 1, "plan": "digest", "configuration": "3d"}, {}, 1])
 def test_an_index_of_another_format_is_refused(store: CaseStore, index: Any) -> None:
     (store.folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(InputError, match="another format"):

@@ -53,7 +53,6 @@ PLAN = {
         "weight_decay": {"value": 0.1},
         "foreground_share": {"value": 0.5},
         "augmentation": {"value": {}},
-        "epochs": {"value": 1},
     },
     "fingerprint": "",
 }

@@ -51,6 +51,13 @@ def test_label_volumes_sizes_and_spacings_with_the_answer_known(tmp_path: Path) 
     assert row.spacing == pytest.approx((0.5, 2, 3))
     assert row.label_mm3 == pytest.approx({1: 6.0, 5: 9.0})
     assert row.nonzero_share == 0.5
+    # Of the stored axes the first is y, the second x the other way round, the third z; the filled half
+    # is two voxels of the first.
+    assert row.box == (6, 2, 5)
+    place = row.label_places[1]
+    assert place.centre == pytest.approx((1 - 0.5 / 6, 0.5 / 4, 1 / 5), abs=1e-4)
+    assert place.extent == pytest.approx((1 / 6, 1 / 4, 2 / 5), abs=1e-4)
+    assert set(row.label_places) == {1, 5}
 
 
 def test_intensities_are_numpys_over_all_foreground(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from medseg.core.errors import InputError
 from medseg.plan.plan import Plan, parse_plan, read_plan, write_plan
 
 SOUND: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "task": "Task99_Test",
     "channels": ["CT", "PET"],
     "labels": [{"name": "liver", "number": 1, "code": "SCT:10200004"}, {"name": "tumour", "number": 7, "code": None}],
@@ -39,6 +39,16 @@ SOUND: dict[str, Any] = {
                     "strides": [[1, 1, 1], [2, 2, 1], [2, 2, 2]],
                 },
                 "reason": "why",
+            },
+            "steps": {"value": 5000, "reason": "why"},
+            "cost": {
+                "seconds_per_step": 0.3,
+                "memory_bytes": 500000000,
+                "ram_bytes": 1000000000,
+                "disk_bytes": 42000000,
+                "hours": 0.5,
+                "measured_on": "a processor",
+                "threads": 2,
             },
         },
         "2d": {
@@ -74,7 +84,6 @@ SOUND: dict[str, Any] = {
             },
             "reason": "why",
         },
-        "epochs": {"value": 100, "reason": "why"},
         "steps_per_epoch": 50,
     },
     "fingerprint": "abc",
@@ -154,9 +163,17 @@ def different(value: Any) -> Any:
     return "b" if value is None else f"{value}b"
 
 
-@pytest.mark.parametrize("where", [w for w in leaves(SOUND) if w[-1] == "reason"], ids=str)
+NO_DECISIONS = [w for w in leaves(SOUND) if w[-1] == "reason" or "cost" in w]
+
+
+@pytest.mark.parametrize("where", [w for w in NO_DECISIONS if w[-1] == "reason"], ids=str)
 def test_reasons_do_not_count(where: Path_) -> None:
     assert parse_plan(changed(where, "for another reason"), "it").digest() == parse_plan(SOUND, "it").digest()
+
+
+@pytest.mark.parametrize("value", [..., {**SOUND["configurations"]["3d"]["cost"], "hours": 9, "measured_on": None}])
+def test_costs_do_not_count(value: Any) -> None:
+    assert parse_plan(changed((*C3, "cost"), value), "it").digest() == parse_plan(SOUND, "it").digest()
 
 
 def test_everything_else_counts() -> None:
@@ -164,7 +181,7 @@ def test_everything_else_counts() -> None:
     before = parse_plan(SOUND, "it").digest()
     taken = 0
     for where in leaves(SOUND):
-        if where[-1] == "reason":
+        if where in NO_DECISIONS:
             continue
         inside: Any = SOUND
         for key in where:
@@ -182,6 +199,13 @@ def test_a_configuration_that_is_called_reason_counts() -> None:
     one, other = copy.deepcopy(SOUND), copy.deepcopy(SOUND)
     one["configurations"]["reason"] = SOUND["configurations"]["3d"]
     other["configurations"]["reason"] = SOUND["configurations"]["2d"]
+    assert len({parse_plan(p, "it").digest() for p in (SOUND, one, other)}) == 3
+
+
+def test_a_configuration_that_is_called_cost_counts() -> None:
+    one, other = copy.deepcopy(SOUND), copy.deepcopy(SOUND)
+    one["configurations"]["cost"] = SOUND["configurations"]["3d"]
+    other["configurations"]["cost"] = SOUND["configurations"]["2d"]
     assert len({parse_plan(p, "it").digest() for p in (SOUND, one, other)}) == 3
 
 
@@ -207,7 +231,7 @@ def refused(value: Any, *words: str) -> None:
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        (("format",), 2),
+        (("format",), 3),
         (("format",), "1"),
         (("task",), 5),
         (("channels",), "CT"),
@@ -248,7 +272,8 @@ def refused(value: Any, *words: str) -> None:
         ((*TRAINING, "augmentation", "value", "scaling"), 0.95),
         ((*TRAINING, "augmentation", "value", "mirror"), [3]),
         ((*TRAINING, "augmentation", "value", "mirror"), 0),
-        ((*TRAINING, "epochs", "value"), 0),
+        ((*C3, "steps", "value"), 0),
+        ((*C3, "cost", "hours"), -1),
         ((*TRAINING, "steps_per_epoch"), None),
     ],
     ids=str,
@@ -299,7 +324,9 @@ def test_values_that_do_not_go_together_are_refused(where: Path_, value: Any, wo
     refused(changed(where, value), word, where[0] if where[0] == "configurations" else "")
 
 
-@pytest.mark.parametrize("value", [None, [], 3, "plan", {}, [SOUND], {"format": 1}])
+@pytest.mark.parametrize(
+    "value", [None, [], 3, "plan", {}, [SOUND], {"format": 2}, {"format": 1}, {"format": 1, "training": 3}]
+)
 def test_what_is_no_plan_at_all_is_refused(value: Any) -> None:
     refused(value)
 
@@ -318,3 +345,118 @@ def test_a_plan_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         plan.task = "another"
     assert isinstance(plan, Plan)
+
+
+# ---- plans of format 1 --------------------------------------------------------------------------
+
+
+def of_format_1() -> dict[str, Any]:
+    old = copy.deepcopy(SOUND)
+    old["format"] = 1
+    old["training"]["epochs"] = {"value": 40, "reason": "asked for"}
+    for configuration in old["configurations"].values():
+        configuration.pop("steps", None)
+        configuration.pop("cost", None)
+    return old
+
+
+def test_epochs_of_format_1_come_to_steps() -> None:
+    plan = parse_plan(of_format_1(), "it")
+    assert plan.format == 2
+    for name in ("3d", "2d"):
+        steps = plan.configuration(name).steps
+        assert steps is not None
+        assert (steps.value, steps.reason) == (2000, "40 epochs")
+
+
+def test_imported_models_of_format_1_have_no_steps() -> None:
+    old = of_format_1()
+    del old["configurations"]["2d"]
+    old["configurations"]["3d"] |= {"grid": "shape", "orientation": "stored"}
+    plan = parse_plan(old, "it")
+    assert plan.configuration("3d").steps is None
+    assert "steps" not in plan.model_dump(mode="json")["configurations"]["3d"]
+
+
+def test_epochs_in_format_2_are_refused_with_what_took_their_place() -> None:
+    with pytest.raises(InputError, match=r"training\.epochs: a run's length is in configurations\.NAME\.steps"):
+        parse_plan(changed((*TRAINING, "epochs"), {"value": 3}), "plan.json")
+
+
+# ---- plans that inherit -------------------------------------------------------------------------
+
+
+def inheriting(folder: Path, changes: dict[str, Any], base: Any = SOUND, said: Any = "../base/plan.json") -> Path:
+    """RUN/plan.json that says only what differs from BASE/plan.json."""
+    for name, value in (("base", base), ("run", {"inherits": said, **changes})):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "plan.json").write_text(json.dumps(value))
+    return folder / "run" / "plan.json"
+
+
+def test_what_differs_takes_the_place_of_what_was_inherited(tmp_path: Path) -> None:
+    changes = {
+        "configurations": {"3d": {"patch": {"value": [32, 32, 8]}, "network": {"value": {"features": [4, 8, 16]}}}},
+        "training": {"augmentation": {"value": {"mirror": []}, "reason": "one kidney"}},
+    }
+    plan, base = read_plan(inheriting(tmp_path, changes)), parse_plan(SOUND, "it")
+    c, before = plan.configuration("3d"), base.configuration("3d")
+    assert c.patch.value == (32, 32, 8)
+    assert c.patch.reason == "changed by hand"
+    assert c.network.value.features == (4, 8, 16)
+    assert c.network.value.kernels == before.network.value.kernels
+    assert c.steps == before.steps
+    assert c.cost is None
+    assert plan.training.augmentation.value.mirror == ()
+    assert plan.training.augmentation.value.gamma == 0.3
+    assert plan.training.augmentation.reason == "one kidney"
+    assert plan.configuration("2d") == base.configuration("2d")
+
+
+def test_a_plan_that_changes_nothing_is_the_same_plan(tmp_path: Path) -> None:
+    assert read_plan(inheriting(tmp_path, {})) == parse_plan(SOUND, "it")
+
+
+def test_inheritance_goes_on(tmp_path: Path) -> None:
+    path = inheriting(tmp_path, {"task": "Task01_A"})
+    (tmp_path / "last.json").write_text(json.dumps({"inherits": "run/plan.json", "fingerprint": "f"}))
+    plan = read_plan(tmp_path / "last.json")
+    assert (plan.task, plan.fingerprint) == ("Task01_A", "f")
+    assert read_plan(path).fingerprint == "abc"
+
+
+def test_a_plan_of_format_1_can_be_inherited(tmp_path: Path) -> None:
+    plan = read_plan(inheriting(tmp_path, {"configurations": {"3d": {"steps": {"value": 7}}}}, of_format_1()))
+    assert [plan.configuration(name).steps.value for name in ("3d", "2d")] == [7, 2000]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("said", "base", "words"),
+    [
+        ("../nowhere/plan.json", SOUND, ["nowhere", "is missing", "inherits from"]),
+        ("plan.json", SOUND, ["inherits: plan.json inherits from it", "Let one stand by itself"]),
+        ("../base/plan.json", {"inherits": "../run/plan.json"}, ["inherits from it"]),
+        (5, SOUND, ["inherits: 5 is no path"]),
+        ("", SOUND, ["is no path"]),
+        ("../base/plan.json", [1], ["holds no plan"]),
+        ("../base/plan.json", {}, ["is no sound plan: "]),
+    ],
+)
+def test_what_cannot_be_inherited_is_refused(tmp_path: Path, said: Any, base: Any, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        read_plan(inheriting(tmp_path, {}, base, said))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_what_is_changed_is_checked_by_its_key(tmp_path: Path) -> None:
+    path = inheriting(tmp_path, {"configurations": {"3d": {"patch": {"value": [30, 32, 8]}}}})
+    with pytest.raises(InputError, match=r"run/plan\.json is no sound plan: configurations\.3d: .*no multiple"):
+        read_plan(path)
+    path = inheriting(tmp_path, {"trianing": {}})
+    with pytest.raises(InputError, match="trianing"):
+        read_plan(path)
+
+
+def test_a_file_from_elsewhere_inherits_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no sound plan"):
+        read_plan(inheriting(tmp_path, {}), inherit=False)

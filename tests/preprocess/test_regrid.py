@@ -47,7 +47,6 @@ def planned(spacing: Any, rules: tuple[Normalisation, ...]) -> tuple[Plan, Confi
             "weight_decay": {"value": 0.1},
             "foreground_share": {"value": 0.5},
             "augmentation": {"value": {}},
-            "epochs": {"value": 1},
         },
         "fingerprint": "",
     }

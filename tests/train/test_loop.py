@@ -21,11 +21,22 @@ from medseg.infer.predict import Predictor, Segmentation
 from medseg.infer.stream import Tally
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore
+from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.plan import Decision, Plan
 from medseg.preprocess.regrid import preprocess
 from medseg.train import loop
-from medseg.train.loop import Batches, Progress, Setup, StoppedError, schedule, train, train_step, validate
+from medseg.train.batches import Batches
+from medseg.train.loop import (
+    Progress,
+    Setup,
+    StoppedError,
+    fitting,
+    schedule,
+    train,
+    train_step,
+    validate,
+)
 
 CPU = torch.device("cpu")
 
@@ -66,7 +77,7 @@ class Bench:
 
     def run(self, log: str = "log", *, steps: int = 5, validate: bool = False, **options: Any) -> Any:
         cases = [(c, *load_case(self.task, self.task.case(c))) for c in self.held_out] if validate else []
-        asked = {name: options.pop(name) for name in ("progress", "stop") if name in options}
+        asked = {name: options.pop(name) for name in ("progress", "stop", "start") if name in options}
         return train(
             self.lasting(steps), self.setup(**options), self.store, RunLog(self.folder / log), validation=cases, **asked
         )
@@ -105,7 +116,7 @@ def test_a_bright_ball_is_learnt_in_seconds(small_plan: Any, task: Task, tmp_pat
         task = renumbered(task, tmp_path / "Task00_blobs", {1: 3, 2: 7})
     plan = small_plan(**arguments, steps_per_epoch=10, learning_rate=1e-2)
     bench = Bench(plan, task, tmp_path)
-    package, records = bench.run(steps=140, validate=True)
+    package, records = bench.run(steps=240, validate=True)
     assert records[-1]["dice"] >= 0.8
     assert records[-1]["loss"] < records[0]["loss"]
     # What the package predicts is what validation saw.
@@ -294,6 +305,37 @@ def test_how_a_plan_trains_may_change_without_preprocessing_anew(small_plan: Any
         bench.run()
 
 
+# ---- from another model -------------------------------------------------------------------------
+
+
+def test_it_starts_from_what_fits_of_another_model(small_plan: Any, bench: Bench) -> None:
+    first, _ = bench.run("first", steps=10)
+    again, _ = bench.run("again", steps=1, start=first)
+    scratch, _ = bench.run("scratch", steps=1)
+    (one,), (other,), (begun,) = again.members, scratch.members, first.members
+
+    def apart(a: Any, b: Any) -> float:
+        return sum(float((a[name] - b[name]).abs().sum()) for name in a)
+
+    assert apart(one, begun) < 0.2 * apart(other, begun)
+    assert again.provenance["start"] == first.digest()
+    assert not same(again, scratch)
+    # A label more: all but the last layers fit.
+    more = small_plan(labels={1: "left blob", 2: "right blob", 3: "nothing"})
+    network = build(more.configuration("3d"), 1, 4)
+    found, missing = fitting(first, network)
+    assert set(found) | set(missing) == set(network.state_dict())
+    assert missing
+    assert all("output" in name or "supervision" in name for name in missing)
+
+
+def test_a_model_of_which_nothing_fits_is_refused(small_plan: Any, bench: Bench) -> None:
+    first, _ = bench.run()
+    bench.plan = small_plan(features=(5, 7, 9))
+    with pytest.raises(InputError, match="hardly a layer of Task00_blobs 3d has the name and shape"):
+        bench.run(start=first)
+
+
 # ---- it says what goes wrong --------------------------------------------------------------------
 
 
@@ -415,6 +457,8 @@ def test_records_and_provenance(bench: Bench) -> None:
     (folder,) = (bench.folder / "log").iterdir()
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == list(records)
     assert list((folder / "tensorboard").iterdir())
+    assert (folder / "validation.png").read_bytes().startswith(b"\x89PNG")
+    assert shown[-1].seconds_left == 0 < shown[0].seconds_left
     assert package.trained_on == bench.train_ids
     assert package.held_out == bench.held_out
     done = package.provenance
@@ -479,5 +523,7 @@ def test_validation_means_by_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     answers = iter([first, type(first)(np.zeros_like(second.values), second.grid, second.labels)])
     monkeypatch.setattr(loop, "segment", lambda *_: Segmentation(next(answers), Tally.empty(3, 1.0), None))
     cases = [pairs[0], (pairs[1][0], pairs[1][1], without)]
-    found = validate(torch.nn.Identity(), cases, bench.plan, bench.name, CPU)
+    found, image = validate(torch.nn.Identity(), cases, bench.plan, bench.name, CPU)
+    assert image.dtype == np.uint8
+    assert image.shape[2] == 3
     assert found == {"dice": 0.75, "dice_by_label": {"left blob": 0.5, "right blob": 1.0}}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medseg.io.store import StoredCase
-from medseg.train.sample import draw_case, draw_place
+from medseg.train.sample import draw_case, draw_place, holders
 
 
 def case_of(labels: np.ndarray, name: str = "a") -> StoredCase:
@@ -102,3 +102,42 @@ def test_the_same_generator_draws_the_same_place() -> None:
     places = [draw_place(np.random.default_rng([3, 0, n]), [case], 0, (8, 8, 8), 0.5) for n in (7, 7, 8)]
     assert places[0] == places[1]
     assert places[0] != places[2]
+
+
+def with_labels(*numbers: int) -> StoredCase:
+    labels = np.zeros((12, 12, 12), dtype=np.uint8)
+    for i, number in enumerate(numbers):
+        labels[2 * i, 3, 4] = number
+    return case_of(labels)
+
+
+def test_holders_are_the_cases_that_have_a_structure() -> None:
+    cases = [with_labels(1), with_labels(), with_labels(1, 3), with_labels(3)]
+    assert holders(cases) == {1: (0, 2), 3: (2, 3)}
+    assert holders([with_labels()]) == {}
+
+
+def test_a_structure_in_one_case_of_a_hundred_is_seen() -> None:
+    cases = [with_labels(1) for _ in range(100)]
+    cases[71] = with_labels(1, 2)
+    found = holders(cases)
+    rng, seen, visits = np.random.default_rng(0), Counter(), Counter()
+    for number in range(4000):
+        drawn = draw_case(0, number, 100)
+        place = draw_place(rng, cases, drawn, (1, 1, 1), 0.5, of_class=found, class_share=0.5)
+        x, y, z = (int(c) for c in place.centre)
+        seen[int(cases[place.case].labels[x, y, z])] += 1
+        visits[place.case] += place.case == drawn
+    # An eighth: half of the patches are of structures, half of those draw it first, one of the two.
+    assert seen[2] / 4000 == pytest.approx(1 / 8, abs=0.02)
+    assert (seen[1] + seen[2]) / 4000 == pytest.approx(0.5, abs=0.03)
+    # And the others are still visited in turn.
+    assert min(visits.values()) >= 20
+
+
+def test_without_a_share_for_classes_the_case_is_the_one_given() -> None:
+    cases = [with_labels(1), with_labels(2)]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert draw_place(rng, cases, 0, (4, 4, 4), 1.0, of_class=holders(cases), class_share=0.0).case == 0
+    assert draw_place(rng, [with_labels()], 0, (4, 4, 4), 1.0, of_class={}, class_share=1.0).case == 0

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+
+from medseg.core.grid import Grid
+from medseg.core.labels import Label, LabelSet
+from medseg.core.volume import LabelMap, Volume
+from medseg.train.picture import picture, side_by_side
+
+LABELS = LabelSet((Label("a", 1), Label("b", 2)))
+
+
+def test_what_was_found_is_filled_and_the_truth_outlined() -> None:
+    grid = Grid.from_spacing((30, 20, 6), (1.0, 1.0, 5.0))
+    truth, found = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.uint8)
+    truth[5:15, 5:15, 4] = 1
+    found[5:15, 5:15, 4] = 2
+    image = picture(Volume(np.zeros((1, *grid.shape), np.float32), grid), LabelMap(found, grid, LABELS),
+                    LabelMap(truth, grid, LABELS))  # fmt: skip
+    assert image.shape == (256, 384, 3)
+    # Rows run from the end of y to its start.
+    middle, edge, outside = image[int(256 * 10 / 20), int(384 * 10 / 30)], image[int(256 * 14.5 / 20), 75], image[5, 5]
+    assert tuple(edge) == (230, 159, 0)
+    assert middle[2] > middle[1] > middle[0] > 0
+    assert tuple(outside) == (0, 0, 0)
+
+
+def test_a_constant_scan_without_labels_and_a_row_of_unequal_pictures() -> None:
+    grid = Grid.from_spacing((8, 4, 9), (1.0, 2.0, 1.0))
+    empty = LabelMap(np.zeros(grid.shape, np.uint8), grid, LABELS)
+    image = picture(Volume(np.full((2, *grid.shape), 7, np.int16), grid), empty, empty)
+    row = side_by_side([image, image[:100]])
+    assert row.shape == (len(image), 2 * (image.shape[1] + 4), 3)
