@@ -161,9 +161,11 @@ def measured() -> Fingerprint:
         CasePrint(
             id=case,
             shape=(12, 12, 12),
+            box=(12, 12, 12),
             spacing=(1, 1, 2),
             orientation="RAS",
             label_mm3={1: 128.0, 2: 128.0},
+            label_places={},
             label_pieces={1: 1, 2: 1},
             label_cut=(),
             channels=(channel,),
