@@ -42,6 +42,7 @@ _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 @click.option("--all-folds", is_flag=True, help="Train, predict and evaluate every fold, then choose: see below.")
 @click.option("--fold", type=click.IntRange(min=0), default=0, show_default=True, help="Fold of folds.json.")
 @click.option("--checkpoints", type=FOLDER, help="Folder for checkpoints and logs.  [default: RUN/checkpoints]")
+@click.option("--mlflow", metavar="URI", help="Also tell an MLflow server how training goes.")
 @click.option("--from", "start", type=FOLDER, help="A model to start from, as far as its layers fit.")
 @click.option("--deterministic", is_flag=True, help="On a GPU too the same weights every time, bit for bit; slower.")
 @seed_option
@@ -53,6 +54,7 @@ def train(
     all_folds: bool,
     fold: int,
     checkpoints: Path | None,
+    mlflow: str | None,
     start: Path | None,
     deterministic: bool,
     seed: int,
@@ -95,6 +97,7 @@ def train(
     from medseg.infer.agreement import measure
     from medseg.infer.engine import LEAST_DICE
     from medseg.io.files import new_folder, write_json
+    from medseg.io.mlflow import MlflowTracker
     from medseg.io.runlog import RunLog
     from medseg.io.store import CaseStore
     from medseg.models.build import build
@@ -141,7 +144,10 @@ def train(
         )
     watched = chosen.validation[:: max(1, -(-len(chosen.validation) // _VALIDATED))]
     validation = [(case, *load_case(task, task.case(case))) for case in watched]
-    log = RunLog(checkpoints or folder.checkpoints(configuration, fold))
+    tracker = None
+    if mlflow and ranks.first:
+        tracker = MlflowTracker(mlflow, f"{task.name} {configuration}", lambda text: click.echo(text, err=True))
+    log = RunLog(checkpoints or folder.checkpoints(configuration, fold), tracker)
     quiet = not ranks.first or not sys.stderr.isatty()
     with _asked() as asked, tqdm(desc=f"train {configuration} fold {fold}", disable=quiet, unit="step") as bar:
 

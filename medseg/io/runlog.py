@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +23,29 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+class Tracker(Protocol):
+    """Something elsewhere that is told how runs fare."""
+
+    def tell(self, run: Path, step: int, numbers: Mapping[str, float]) -> None:
+        """A run, known by its folder, stands so at a step. Never raises: a run does not end for it."""
+
+
 class RunLog:
     """A folder with ``checkpoint.safetensors``, the one before it, ``log.jsonl``, TensorBoard's events
     and a picture of the validation cases.
 
-    It must lie outside whatever a workflow deletes before it runs a job again.
+    It must lie outside whatever a workflow deletes before it runs a job again. ``tracker``, where
+    there is one, is told the numbers too.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tracker: Tracker | None = None) -> None:
         self.folder = folder
+        self._tracker = tracker
         self._board: SummaryWriter | None = None
 
     def of(self, run: str) -> RunLog:
         """The place of one run among several."""
-        return RunLog(self.folder / run)
+        return RunLog(self.folder / run, self._tracker)
 
     @property
     def _checkpoint(self) -> Path:
@@ -116,19 +125,17 @@ class RunLog:
         write_text(self._log, "".join(json.dumps(r) + "\n" for r in self.records() if r["step"] <= step))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a record (with a "step") to the log, and its numbers to TensorBoard."""
+        """Add a record (with a "step") to the log, and its numbers to TensorBoard and the tracker."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._log.open("a") as file:
             file.write(json.dumps(dict(record)) + "\n")
+        numbers = _numbers(record)
         board = self._writer()
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                board.add_scalar(name, value, record["step"])
-            elif isinstance(value, dict):
-                for key, number in value.items():
-                    if number is not None:
-                        board.add_scalar(f"{name}/{key}", number, record["step"])
+        for name, value in numbers.items():
+            board.add_scalar(name, value, record["step"])
         board.flush()
+        if self._tracker:
+            self._tracker.tell(self.folder, record["step"], numbers)
 
     def picture(self, step: int, image: NDArray[np.uint8]) -> None:
         """Keep a picture (height, width, 3) as ``validation.png``, in the place of the one before, and
@@ -157,3 +164,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
         return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record but its step, by name; those of a dictionary in it by "name/key"."""
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": number for key, number in value.items() if number is not None}
+        elif isinstance(value, int | float) and name != "step":
+            found[name] = value
+    return found

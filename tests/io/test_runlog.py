@@ -62,7 +62,7 @@ def test_a_later_checkpoint_replaces_an_earlier_one_that_is_in_use(tmp_path: Pat
     assert later is not None
     assert (earlier[0]["x"] == 0).all()
     assert (later[0]["x"] == 1).all()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.earlier.safetensors", "checkpoint.safetensors"]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, 0.5, -1])
