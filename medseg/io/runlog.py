@@ -79,7 +79,10 @@ class RunLog:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a checkpoint atomically: tensors by name, and what JSON can hold. The one before it stays."""

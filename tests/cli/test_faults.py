@@ -126,7 +126,7 @@ def test_folds_and_configurations_that_are_not_there(made: Any, medseg: Any, tmp
 def test_training_wants_the_cases_of_its_own_plan(made: Any, medseg: Any, tmp_path: Path) -> None:
     mine = made.copy(tmp_path)
     plan = json.loads((mine.run / "plan.json").read_text())
-    plan["training"]["learning_rate"]["value"] = 1e-4
+    plan["configurations"]["3d"]["spacing"]["value"] = [1.5, 1.5, 1.5]
     (mine.run / "plan.json").write_text(json.dumps(plan))
     medseg("train", mine.run, *QUICK).refused("preprocessed by another plan", "medseg preprocess")
     (mine.run / "3d" / "preprocessed" / "store.json").unlink()
