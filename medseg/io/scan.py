@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medseg.core.errors import InputError
 from medseg.core.progress import Progress, silent
 from medseg.core.volume import Volume
-from medseg.io.dicom import Series, choose, find_series, read_series
 from medseg.io.itk import is_itk, read_itk_volume
 from medseg.io.nifti import is_nifti, read_volume, stem
 from medseg.io.sources import Source, find_sources, is_dicom, is_zip
+
+if TYPE_CHECKING:
+    from medseg.io.dicom import Series
 
 # Endings that say no more than what the file is; "CT.1.2.3" ends in a part of its name.
 _ENDINGS = (".dcm", ".dicom", ".ima", ".zip", ".nrrd", ".nhdr", ".mha", ".mhd", ".gz")
@@ -43,6 +46,8 @@ def read_scan(path: Path, series: int | None = None, *, progress: Progress = sil
         if series is not None:
             raise InputError(f"{path.name} is no DICOM series", "Leave out --series")
         return _read_image(path), ()
+    from medseg.io.dicom import choose, find_series, read_series  # pydicom, a fifth of a second
+
     found = find_series(path, progress=progress)
     chosen = choose(found, series)
     damaged = sum(s.slices for s in found if s.kind == "damaged")
@@ -62,6 +67,8 @@ def look(path: Path, *, progress: Progress = silent) -> tuple[list[Series], list
     files = [_image_file(image, path) for image in progress(images, len(images))]
     if files and not holds_dicom(path):
         return [], files
+    from medseg.io.dicom import find_series
+
     return find_series(path, progress=progress), files
 
 
