@@ -379,10 +379,10 @@ def _mean(low: Float32, high: Float32, share: Float32) -> Float32:
 def _interpolate(values: Float32, at: list[NDArray[np.intp]], shares: list[Float32 | None]) -> Float32:
     """Values (n, x, y, z) at every combination of three lists of positions."""
     for axis, (low, share) in enumerate(zip(at, shares, strict=True), start=1):
-        picked = np.take(values, low, axis=axis)
         if share is None:
-            values = picked
+            values = _take(values, low, axis)
         else:
+            picked = np.take(values, low, axis=axis)
             values = _mean(picked, np.take(values, low + 1, axis=axis), share.reshape([-1] + [1] * (3 - axis)))
     return values
 
