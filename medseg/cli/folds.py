@@ -176,4 +176,5 @@ def _run(verb: str, *arguments: str) -> None:
     assert isinstance(command, click.Group)  # noqa: S101 - the root is `medseg`
     found = command.get_command(root, verb)
     assert found is not None  # noqa: S101
-    found.main(list(arguments), prog_name=f"medseg {verb}", standalone_mode=False)
+    # With the words for help that all verbs have, since a command keeps those that it is first called with.
+    found.main(list(arguments), prog_name=f"medseg {verb}", standalone_mode=False, help_option_names=["-h", "--help"])
