@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,26 +84,6 @@ def calibration_error(logits: Float32, truth: NDArray[np.integer], temperature: 
     bins = np.clip((confidence * _BINS).astype(np.intp), 0, _BINS - 1)
     difference = np.bincount(bins, weights=confidence - right, minlength=_BINS)
     return float(np.abs(difference).sum() / len(truth))
-
-
-def agreement(label_maps: Sequence[NDArray[np.integer]], numbers: Sequence[int]) -> tuple[float | None, ...]:
-    """For each label number the mean Dice between every two of a model's members (label maps of one
-    shape); None where no member has the label. Raises ValueError for fewer than two."""
-    if len(label_maps) < 2:
-        raise ValueError("agreement takes two label maps or more")
-    size = max(numbers) + 1
-    counts = [np.bincount(m.ravel(), minlength=size) for m in label_maps]
-    pairs = []
-    for a, b in combinations(range(len(label_maps)), 2):
-        same = label_maps[a] == label_maps[b]
-        both = np.bincount(label_maps[a][same], minlength=size)
-        total = counts[a] + counts[b]
-        pairs.append(np.divide(2 * both, total, out=np.full(len(total), np.nan), where=total > 0))
-    found = []
-    for number in numbers:
-        values = [float(p[number]) for p in pairs if not np.isnan(p[number])]
-        found.append(float(np.mean(values)) if values else None)
-    return tuple(found)
 
 
 # Calibration

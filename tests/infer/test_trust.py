@@ -15,7 +15,6 @@ from medseg.infer.trust import (
     Found,
     Outcome,
     Sample,
-    agreement,
     calibrate,
     calibration_error,
     expected_dice,
@@ -116,19 +115,6 @@ def test_logits_beyond_all_measure() -> None:
     assert 0.1 <= fit_temperature(logits, np.array([0, 1])) <= 10
     assert 0.1 <= fit_temperature(logits, np.array([1, 0])) <= 10
     assert calibration_error(logits, np.array([0, 1])) == 0
-
-
-# ---- agreement ----------------------------------------------------------------------------------
-
-
-def test_agreement_by_hand() -> None:
-    a, b, c = np.array([1, 1, 4, 0]), np.array([1, 0, 4, 0]), np.array([1, 1, 0, 0])
-    liver, spleen, none = agreement([a, b, c], [1, 4, 5])
-    assert liver == pytest.approx(np.mean([2 / 3, 1, 2 / 3]))
-    assert spleen == pytest.approx(np.mean([1, 0, 0]))
-    assert none is None
-    with pytest.raises(ValueError, match="two label maps"):
-        agreement([a], [1])
 
 
 # ---- calibration --------------------------------------------------------------------------------

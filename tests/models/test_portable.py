@@ -124,7 +124,7 @@ class Odd(nn.Module):
         torch.sigmoid,
         torch.flatten,
     ],
-    ids=str,
+    ids=["batch norm", "instance norm", "padding", "sigmoid", "flatten"],
 )
 def test_what_cannot_be_written_is_said(tmp_path: Path, step: Any) -> None:
     network = Odd(step)
