@@ -246,7 +246,7 @@ def segment(
     prepared = preprocess(volume, plan, configuration, previous, box=box)
     thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
     sparse = scouting(tiling, configuration) if scouted else None
-    total = len(tiling.tiles) + (len(sparse.tiles) if sparse else 0)
+    total = tiling.count + (sparse.count if sparse else 0)
     steps = iter(progress(range(total), total))
 
     def tell(count: int) -> None:

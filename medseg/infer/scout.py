@@ -28,10 +28,10 @@ _ROUNDS = 8
 def scouting(tiling: Tiling, configuration: Configuration) -> Tiling | None:
     """The tiles to scout with, None where that could not pay. Models that came from nnU-Net get every
     tile, as there."""
-    if configuration.grid == "shape" or len(tiling.tiles) < _FEWEST_TILES:
+    if configuration.grid == "shape" or tiling.count < _FEWEST_TILES:
         return None
     sparse = lay(tiling.shape, configuration, overlap=0.0)
-    return sparse if len(sparse.tiles) <= _MOST_OF_THEM * len(tiling.tiles) else None
+    return sparse if sparse.count <= _MOST_OF_THEM * tiling.count else None
 
 
 class Blocks:
@@ -77,7 +77,7 @@ def scout(
     tiles = [tile for tile in sparse.tiles if seen is None or seen(tile.box)]
     dense = [tile.box for tile in tiling.tiles if seen is None or seen(tile.box)]
     order, left = np.random.default_rng(0).permutation(len(tiles)), len(tiles)
-    tell(len(sparse.tiles) - left)
+    tell(sparse.count - left)
     for part in np.array_split(order, _ROUNDS):
         if left + sum(map(blocks.near, dense)) >= len(dense):
             tell(left)

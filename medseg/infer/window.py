@@ -62,6 +62,12 @@ class Tiling:
     bands: tuple[tuple[int, int], ...]
 
     @property
+    def count(self) -> int:
+        """How many tiles there are in all, without laying them out."""
+        along = math.prod(len(self.starts[a]) for a in range(3) if a != self.across)
+        return along * sum(len(_touching(self, band)) for band in self.bands)
+
+    @property
     def tiles(self) -> list[Tile]:
         """All that run, unless some are skipped; those on the borders of bands as often as they do."""
         return [tile for band in self.bands for tile in _band_tiles(self, band)]
@@ -114,7 +120,7 @@ def lay(
     choices = [_banded(t, count) for t in same for count in range(2, len(t.starts[t.across]) + 1)]
     fitting = [t for t in choices if t.held <= most]
     if fitting:
-        return min(fitting, key=lambda t: (len(t.tiles), t.held))
+        return min(fitting, key=lambda t: (t.count, t.held))
     return min([best, *choices], key=lambda t: t.held)
 
 
@@ -284,11 +290,16 @@ def _edges(starts: tuple[int, ...], size: int) -> list[tuple[int, int]]:
 
 def _band_tiles(tiling: Tiling, band: tuple[int, int]) -> list[Tile]:
     """All tiles that touch a band and the voxel after it, along the axis."""
-    stop = min(band[1] + 1, tiling.shape[tiling.across])
     starts = [list(s) for s in tiling.starts]
-    starts[tiling.across] = [s for s in starts[tiling.across] if s < stop and s + tiling.patch[tiling.across] > band[0]]
+    starts[tiling.across] = _touching(tiling, band)
     corners = sorted(product(starts[0], starts[1], starts[2]), key=lambda c: (c[tiling.axis], c))
     return [Tile(corner, _clipped(corner, tiling)) for corner in corners]
+
+
+def _touching(tiling: Tiling, band: tuple[int, int]) -> list[int]:
+    """First voxels, along ``across``, of the tiles that touch a band and the voxel after it."""
+    stop, patch = min(band[1] + 1, tiling.shape[tiling.across]), tiling.patch[tiling.across]
+    return [s for s in tiling.starts[tiling.across] if s < stop and s + patch > band[0]]
 
 
 def _clipped(corner: Corner, tiling: Tiling) -> Box:
