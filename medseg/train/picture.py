@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.core.resample import resample
 from medseg.core.volume import LabelMap, Volume
 
 Rgb = NDArray[np.uint8]
@@ -20,7 +21,14 @@ _GAP = 4
 def picture(volume: Volume, found: LabelMap, reference: LabelMap) -> Rgb:
     """The slice (height, width, 3) across the coarsest axis that holds most of the reference: what was
     found filled, the reference outlined, each structure in its colour."""
-    axis = int(np.argmax(volume.grid.spacing))
+    # As one looks at it, whatever way the file's axes run.
+    upright = volume.grid.reoriented()
+    volume, found, reference = (
+        resample(volume, onto=upright),
+        resample(found, onto=upright),
+        resample(reference, onto=upright),
+    )
+    axis = int(np.argmax(upright.spacing))
     others = tuple(a for a in range(3) if a != axis)
     place = int(np.argmax((reference.values > 0).sum(axis=others)))
     image = _slice(volume.values[0], axis, place).astype(np.float32)

@@ -4,6 +4,7 @@ import numpy as np
 
 from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
+from medseg.core.resample import resample
 from medseg.core.volume import LabelMap, Volume
 from medseg.train.picture import picture, side_by_side
 
@@ -23,6 +24,17 @@ def test_what_was_found_is_filled_and_the_truth_outlined() -> None:
     assert tuple(edge) == (230, 159, 0)
     assert middle[2] > middle[1] > middle[0] > 0
     assert tuple(outside) == (0, 0, 0)
+
+
+def test_the_way_a_file_stores_its_axes_does_not_show() -> None:
+    grid = Grid.from_spacing((9, 8, 5), (1.0, 1.0, 4.0))
+    rng = np.random.default_rng(0)
+    volume = Volume(rng.normal(size=(1, *grid.shape)).astype(np.float32), grid)
+    labels = LabelMap(rng.integers(0, 3, grid.shape).astype(np.uint8), grid, LABELS)
+    affine = grid.affine @ np.array([[0, -1, 0, 8], [1, 0, 0, 0], [0, 0, -1, 4], [0, 0, 0, 1.0]])
+    turned = Grid((8, 9, 5), affine)
+    stored = resample(volume, onto=turned), resample(labels, onto=turned)
+    assert np.array_equal(picture(volume, labels, labels), picture(stored[0], stored[1], stored[1]))
 
 
 def test_a_constant_scan_without_labels_and_a_row_of_unequal_pictures() -> None:
