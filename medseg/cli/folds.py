@@ -116,10 +116,13 @@ def all_folds(
     threads: int | None,
     checkpoints: Path | None,
     deterministic: bool,
+    start: Path | None,
+    mlflow: str | None,
 ) -> None:
     """Preprocess, train, predict and evaluate every fold of each configuration (all of the plan's, unless
-    named), and choose. What was made before by the same plan, folds and seed is left as it is."""
+    named), and choose. What was made before by the same plan, folds, seed and ``start`` is left as it is."""
     from medseg.io.sidecar import INDEX
+    from medseg.models.package import load_package
 
     folder = RunFolder(run)
     task, plan = folder.task(), folder.plan()
@@ -132,6 +135,9 @@ def all_folds(
     how = ("--seed", str(seed), "--device", device, *cores)
     how += ("--checkpoints", str(checkpoints)) if checkpoints else ()
     how += ("--deterministic",) if deterministic else ()
+    how += ("--from", str(start)) if start else ()
+    how += ("--mlflow", mlflow) if mlflow else ()
+    begun = load_package(start).digest() if start else None
     for name in names:
         if not _preprocessed(folder, plan.preparation(name), name):
             _run("preprocess", str(run), "-c", name, *cores)
@@ -139,7 +145,7 @@ def all_folds(
             fold = FoldFolder(folder, name, number, cases)
             # The log is written last.
             found = fold.package() if (fold.path / "log.json").exists() else None
-            if found is None or isinstance(found, Lack) or _of(found) != (plan.digest(), seed):
+            if found is None or isinstance(found, Lack) or _of(found) != (plan.digest(), seed, begun):
                 _run(*fold.train(), *how)
                 found = fold.package()
             if isinstance(found, Lack):
@@ -151,8 +157,8 @@ def all_folds(
     _run("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)
 
 
-def _of(package: ModelPackage) -> tuple[str, Any]:
-    return package.plan.digest(), package.provenance.get("seed")
+def _of(package: ModelPackage) -> tuple[str, Any, Any]:
+    return package.plan.digest(), package.provenance.get("seed"), package.provenance.get("start")
 
 
 def _preprocessed(folder: RunFolder, preparation: str, configuration: str) -> bool:

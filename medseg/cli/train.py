@@ -40,7 +40,7 @@ _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
     help="One of the plan's configurations.  [default: 3d; with --all-folds all, and may be repeated]",
 )
 @click.option("--all-folds", is_flag=True, help="Train, predict and evaluate every fold, then choose: see below.")
-@click.option("--fold", type=click.IntRange(min=0), default=0, show_default=True, help="Fold of folds.json.")
+@click.option("--fold", type=click.IntRange(min=0), help="Fold of folds.json.  [default: 0]")
 @click.option("--checkpoints", type=FOLDER, help="Folder for checkpoints and logs.  [default: RUN/checkpoints]")
 @click.option("--mlflow", metavar="URI", help="Also tell an MLflow server how training goes.")
 @click.option("--from", "start", type=FOLDER, help="A model to start from, as far as its layers fit.")
@@ -52,7 +52,7 @@ def train(
     run: Path,
     configurations: tuple[str, ...],
     all_folds: bool,
-    fold: int,
+    fold: int | None,
     checkpoints: Path | None,
     mlflow: str | None,
     start: Path | None,
@@ -76,6 +76,8 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cores = use_cores(threads)
     if all_folds:
+        if fold is not None:
+            raise click.UsageError("--fold trains one fold, --all-folds every one; give one of them")
         _refuse_torchrun()
         every_fold(
             run,
@@ -85,8 +87,11 @@ def train(
             threads=threads,
             checkpoints=checkpoints,
             deterministic=deterministic,
+            start=start,
+            mlflow=mlflow,
         )
         return
+    fold = fold or 0
     if len(configurations) > 1:
         raise click.UsageError("Several configurations go with --all-folds")
     configuration = configurations[0] if configurations else "3d"

@@ -5,8 +5,8 @@ Every figure comes from the package's own data, so that the card is as true as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from medseg.models.calibration import Calibration
 from medseg.models.evaluation import Evaluation, Figure, StructureScore, Tried
@@ -222,11 +222,11 @@ def _commands(package: ModelPackage) -> Iterator[str]:
     yield "# Put this plan.json in place of RUN/plan.json, and the cases that package.json names into RUN/folds.json."
     if known and len(known.folds) == known.of_folds and "seed" in made:
         each = " ".join(f"-c {one.configuration}" for one in known.compared)
-        yield f"medseg train RUN --all-folds {each} --seed {made['seed']}"
+        yield f"medseg train RUN --all-folds {each} --seed {made['seed']}{_start(made)}"
         return
     yield f"medseg preprocess RUN -c {name}"
     for fold, one in made.get("folds", {str(made.get("fold", 0)): made}).items():
-        yield f"medseg train RUN -c {name} --fold {fold} --seed {one.get('seed', 0)}"
+        yield f"medseg train RUN -c {name} --fold {fold} --seed {one.get('seed', 0)}{_start(one)}"
         if known:
             folder = f"RUN/{name}/fold{fold}"
             yield f"medseg predict TASK --held-out -m {folder}/model -o {folder}/predictions"
@@ -241,3 +241,8 @@ def _by(values: Sequence[object]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     for row in (head, ["---"] * len(head), *rows):
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+
+
+def _start(made: Mapping[str, Any]) -> str:
+    """The option for the model that training began with, if any."""
+    return f" --from MODEL  # of which the digest is {made['start']}" if made.get("start") else ""

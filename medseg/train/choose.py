@@ -290,7 +290,7 @@ def _ensemble(
     first = packages[0]
     seen = {case for package in packages for case in package.trained_on}
     trained_on = tuple(row.id for row in measured.cases if row.id in seen)
-    alike = [name for name in ("seed", "steps") if len({p.provenance.get(name) for p in packages}) == 1]
+    alike = [name for name in ("seed", "steps", "start") if len({p.provenance.get(name) for p in packages}) == 1]
     calibrations = [package.calibration for package in packages if package.calibration is not None]
     return ModelPackage(
         plan=first.plan,

@@ -172,6 +172,24 @@ def test_all_folds_are_one_process(medseg: Any, planned: Path, monkeypatch: pyte
     medseg("train", planned, "--all-folds", "--threads", 1).refused("--all-folds is one process", "torchrun")
 
 
+def test_what_one_fold_is_told_all_are_told(
+    medseg: Any, chosen: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a fold that began otherwise is trained anew."""
+    run, _ = chosen
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr("medseg.cli.folds._run", lambda *words: called.append(words))
+    assert medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3).status == 0
+    assert [words[0] for words in called] == ["choose"]
+    called.clear()
+    how = ("--from", str(run / "3d" / "fold0" / "model"), "--mlflow", "http://localhost:1")
+    assert medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3, *how).status == 0
+    trained = [" ".join(words) for words in called if words[0] == "train"]
+    assert len(trained) == 6
+    assert all(" ".join(how) in words for words in trained)
+    medseg("train", run, "--all-folds", "--fold", 1).refused("--fold trains one fold, --all-folds every one")
+
+
 def test_a_run_with_nothing_to_choose_from(medseg: Any, planned: Path, tmp_path: Path) -> None:
     for name in ("run.json", "plan.json", "folds.json", "fingerprint.json"):
         (tmp_path / name).write_bytes((planned / name).read_bytes())

@@ -125,7 +125,9 @@ def test_a_single_fold_has_a_card_of_what_is_known(package: ModelPackage) -> Non
     text = card(one)
     assert "One network." in text
     assert "How good" not in text
-    assert "medseg train RUN -c 3d --fold 2 --seed 0" in text
+    assert "medseg train RUN -c 3d --fold 2 --seed 0\n" in text
+    begun = card(replace(one, provenance={"fold": 2, "start": "abc"}))
+    assert "--fold 2 --seed 0 --from MODEL  # of which the digest is abc\n" in begun
 
 
 def test_the_package_holds_rules_figures_and_the_card_of_them(tmp_path: Path, package: ModelPackage) -> None:
