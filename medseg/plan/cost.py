@@ -235,6 +235,8 @@ def _with(configuration: Configuration, patch: Three, batch: int) -> Configurati
 
 def gib(size: float) -> str:
     """Bytes in words."""
+    if size < 2**30 / 20:
+        return f"{size / 2**20:.0f} MiB"
     return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.0f} GiB"
 
 
