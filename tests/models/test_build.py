@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from medseg.models.build import build
+from medseg.models.unet import Block
 from medseg.plan.plan import Configuration, Decision, Network
 
 ISOTROPIC = ([(3, 3, 3)] * 4, [(1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)])
@@ -101,7 +103,27 @@ def test_in_training_there_is_a_list_finest_first(configuration: Configuration) 
 def test_the_finest_logits_are_the_same_in_training(configuration: Configuration) -> None:
     network, image = made(configuration), scan(configuration, 1)
     with torch.no_grad():
-        assert torch.allclose(network.train()(image)[0], network.eval()(image), atol=1e-5)
+        assert torch.allclose(network.train()(image)[0], network.eval()(image), atol=1e-4)
+
+
+@EACH
+def test_training_has_the_gradients_of_plain_norm_and_activation(configuration: Configuration) -> None:
+    network = made(configuration).double().train()
+    plain = copy.deepcopy(network)
+    for module in plain.modules():
+        if isinstance(module, Block):
+            for norm in (module.norm1, module.norm2):
+                torch.nn.init.normal_(norm.weight)
+                torch.nn.init.normal_(norm.bias)
+    network.load_state_dict(plain.state_dict())
+    for module in plain.modules():
+        if isinstance(module, Block):
+            module.eval()  # takes the layers one by one
+    image = scan(configuration, 1).double()
+    for one in (network, plain):
+        sum((out**3).mean() for out in one(image)).backward()
+    for (name, mine), expected in zip(network.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine.grad, expected.grad, rtol=1e-9, atol=1e-12), name
 
 
 @EACH
