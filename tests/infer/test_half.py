@@ -21,8 +21,8 @@ from medseg.models.package import ModelPackage, halved, load_package, save_packa
 from medseg.models.refinement import Refinement, Rule
 from medseg.models.shelf import install, pack, size_of
 
-# float16 has 11 bits: a weight is off by 2**-12 of itself at most, a logit by a small multiple.
-_ROUNDING = 5e-3
+# float16 has 11 bits: a weight is off by 2**-12 of itself at most, and a logit, which is near 1, by some such errors.
+_ROUNDING, _MOST = 1e-3, 2e-2
 
 
 @pytest.fixture(scope="module", params=[2, 12], ids=["classes", "features"])
@@ -65,7 +65,9 @@ def test_it_is_half_as_large_and_says_what_it_is(both: tuple[Path, Path]) -> Non
 def test_logits_differ_by_rounding_alone(both: tuple[Path, Path], engine: str) -> None:
     tiles = np.random.default_rng(0).normal(size=(2, 1, 16, 16, 16)).astype(np.float32)
     expected, found = (_logits(folder, engine, tiles) for folder in both)
-    assert 0 < np.abs(found - expected).max() < _ROUNDING
+    difference = np.abs(found - expected)
+    assert 0 < difference.mean() < _ROUNDING
+    assert difference.max() < _MOST
     # It is computed in float32: the engines agree on it as they do on any.
     assert np.abs(found - _logits(both[1], "torch-cpu", tiles)).max() < 1e-4
 
