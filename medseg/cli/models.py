@@ -23,7 +23,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def models() -> None:
     """Model packages: import one of nnU-Net's, install, list, describe, pass on.
 
-    Where a verb asks for a package it takes its folder or the name it is installed under.
+    Where a verb asks for a package it takes its folder or the name it is installed or shipped under.
     """
 
 
@@ -68,21 +68,21 @@ def install(source: Path, name: str | None, models_dir: Path | None) -> None:
 @_json
 @_models_dir
 def list_(as_json: bool, models_dir: Path | None) -> None:
-    """The models that are installed."""
+    """The models that are installed, and those shipped with medseg."""
     from medseg.core.errors import InputError
     from medseg.models.package import load_package
-    from medseg.models.shelf import installed, shelf
+    from medseg.models.shelf import at_hand
 
     rows = []
-    for folder in installed(models_dir or shelf()):
+    for name, folder in at_hand(models_dir).items():
         try:
-            rows.append({"name": folder.name, **_facts(load_package(folder), folder)})
+            rows.append({"name": name, **_facts(load_package(folder), folder)})
         except InputError as error:
-            rows.append({"name": folder.name, "fault": str(error)})
+            rows.append({"name": name, "fault": str(error)})
     if as_json:
         click.echo(json.dumps(rows))
     elif rows:
-        head = ["name", "model", "structures", "digest", "size (MB)"]
+        head = ["name", "model", "structures", "digest", "size (MB)", "from"]
         click.echo(table([head, *([str(cell) for cell in _row(row)] for row in rows)], right=(4,)))
     else:
         click.echo("no model is installed")
@@ -108,17 +108,22 @@ def info(package: str, as_json: bool, models_dir: Path | None) -> None:
 @models.command()
 @click.argument("package", type=str)
 @click.option("-o", "--output", type=FOLDER, required=True, help="The zip.")
+@click.option("--half", is_flag=True, help="Store the weights in half the bits (float16).")
 @_models_dir
-def export(package: str, output: Path, models_dir: Path | None) -> None:
-    """Write PACKAGE as a zip, the same bytes each time, for `medseg models install`."""
+def export(package: str, output: Path, half: bool, models_dir: Path | None) -> None:
+    """Write PACKAGE as a zip, the same bytes each time, for `medseg models install`.
+
+    With --half it is half as large, and gives the same results to within rounding: weights are made
+    float32 again before anything is computed.
+    """
     from medseg.models.shelf import find_package, pack
 
-    pack(find_package(package, models_dir), output)
+    pack(find_package(package, models_dir), output, half=half)
     click.echo(output)
 
 
 def _facts(package: ModelPackage, folder: Path) -> dict[str, Any]:
-    from medseg.models.shelf import size_of
+    from medseg.models.shelf import shipped, size_of
 
     configuration = package.configuration
     cases = len(package.trained_on) or package.provenance.get("training_cases")
@@ -135,6 +140,7 @@ def _facts(package: ModelPackage, folder: Path) -> dict[str, Any]:
         "origin": package.provenance.get("imported", "medseg"),
         **_decided(package),
         "engines": sorted(package.engines),
+        "shipped": folder.parent == shipped(),
         "checksums": "as written",
         "bytes": size_of(folder),
     }
@@ -163,7 +169,8 @@ def _show(facts: dict[str, Any]) -> None:
 
 def _row(facts: dict[str, Any]) -> list[Any]:
     if "fault" in facts:
-        return [facts["name"], facts["fault"], "", "", ""]
+        return [facts["name"], facts["fault"], "", "", "", ""]
     names = list(facts["structures"].values())
     some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return [facts["name"], facts["model"], some, facts["digest"][:12], f"{facts['bytes'] / 1e6:.1f}"]
+    place = "shipped" if facts["shipped"] else "installed"
+    return [facts["name"], facts["model"], some, facts["digest"][:12], f"{facts['bytes'] / 1e6:.1f}", place]

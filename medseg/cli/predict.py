@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from medseg.core.volume import LabelMap, Volume
     from medseg.infer.predict import Prediction, Predictor, Thoroughness
     from medseg.io.reference import Reference
+    from medseg.models.package import ModelPackage
+    from medseg.plan.plan import Normalisation
 
 _SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory")
 
@@ -56,7 +58,12 @@ class Read:
 
 @click.command()
 @click.argument("scans", type=FOLDER, nargs=-1)
-@click.option("-m", "--model", required=True, help="The model: a package's folder, or the name of an installed one.")
+@click.option(
+    "-m",
+    "--model",
+    help="The model: a package's folder, or its name in `medseg models list`.  [default: the one there that was "
+    "trained on scans like these]",
+)
 @click.option("-o", "--output", type=FOLDER, help="File for one scan, or folder.  [default: beside each scan]")
 @click.option("--to", type=click.Choice(TARGETS), default="nifti", show_default=True, help="DICOM needs DICOM scans.")
 @click.option("--series", type=click.IntRange(min=1), help="Which DICOM series, by its number in `medseg inspect`.")
@@ -105,7 +112,7 @@ class Read:
 @threads_option
 def predict(
     scans: tuple[Path, ...],
-    model: str,
+    model: str | None,
     output: Path | None,
     to: str,
     series: int | None,
@@ -125,6 +132,9 @@ def predict(
 
     Writes scan_seg.nii.gz on the scan's own grid, and scan_seg.json that says how it was made; with
     --to a DICOM SEG or RTSTRUCT of the same patient and study, scan_seg.dcm.
+    Without -m the models of this machine are held against the first scan that can be read and is for one
+    of them. That one is taken, and said; where there are several, none is guessed. The other scans of
+    the call must be for it too.
     Where a DICOM folder holds several series, none is guessed: --series chooses.
     A case whose channels are several scans is named by --channel T2=t2.nii.gz --channel
     ADC=adc.nii.gz (or ADC=FOLDER#4, the fourth DICOM series); its result lies on the grid of the
@@ -138,6 +148,16 @@ def predict(
     from medseg.models.package import load_package
     from medseg.models.shelf import find_package
 
+    if model is None:
+        _refuse_without_model(
+            {
+                "--channel": channels,
+                "--held-out": held_out,
+                "--skip-done": skip_done,
+                "--shard": shard,
+                "--force": wishes["force"],
+            }
+        )
     if not channels and (align or not (scans or list_file)):
         raise InputError(
             "--register goes with --channel" if align else "no scan is named", "Name SCANS, or each --channel NAME=SCAN"
@@ -150,32 +170,41 @@ def predict(
     use_sleeping_threads()
     from medseg.infer.predict import Predictor
 
-    package = load_package(find_package(model))
     wanted = Wishes(**wishes)
-    predictor = Predictor(
-        package, engine, memory=memory, threads=threads, thoroughness=wanted.thoroughness, overlap=wanted.overlap
-    )
-    if channels:
-        jobs = [job_of_channels(channels, package.plan, align, output, scans or series or held_out, to)]
+
+    def ready(package: ModelPackage) -> Predictor:
+        how, overlap = wanted.thoroughness, wanted.overlap
+        return Predictor(package, engine, memory=memory, threads=threads, thoroughness=how, overlap=overlap)
+
+    predictor = ready(load_package(find_package(model))) if model else None
+    if predictor and channels:
+        plan = predictor.package.plan
+        jobs = [job_of_channels(channels, plan, align, output, scans or series or held_out, to)]
+    elif predictor and held_out:
+        jobs = jobs_held_out(scans, output, predictor.package.held_out)
     else:
-        jobs = jobs_held_out(scans, output, package.held_out) if held_out else jobs_of(scans, output, to, series=series)
+        jobs = jobs_of(scans, output, to, series=series)
     if part:
         jobs = part.of(jobs)
-    left = [job for job in jobs if not (skip_done and _is_done(job, predictor.digest, wanted))]
-    predictor.scans_held = min(2, len(left))
+    left = [job for job in jobs if not (predictor and skip_done and _is_done(job, predictor.digest, wanted))]
+    choice = None
+    if predictor is None:
+        choice = _choose(left, wanted)
+        predictor = ready(choice.package) if choice.package else None
     index = _Index(output if output and output.is_dir() else None, part)
     index.forget()
     results: list[dict[str, Any]] = []
     failed: list[tuple[Job, MedsegError]] = []
     with _stopping():
-        for job, outcome in progress("predict")(_run(left, predictor, wanted), len(left)):
+        for job, outcome in progress("predict")(_run(left, predictor, wanted, choice), len(left)):
             if isinstance(outcome, MedsegError):
                 failed.append((job, outcome))
                 click.echo(f"medseg: {job.scan.name}: {outcome}", err=True)
             else:
                 results.append(outcome)
     faults = {job.name: str(error) for job, error in failed}
-    index.write(package.name, {j.name: j.output.name for j in jobs if j.name not in faults}, faults)
+    name = predictor.package.name if predictor else ""
+    index.write(name, {j.name: j.output.name for j in jobs if j.name not in faults}, faults)
     if as_json:
         click.echo(json.dumps({"format": 1, "predictions": results, "failed": faults}))
     elif len(jobs) == 1 or not held_out:
@@ -219,13 +248,75 @@ class _Index:
         return folder / INDEX.replace(".json", f".{self.shard.number}-of-{self.shard.count}.json")
 
 
-def _run(jobs: list[Job], predictor: Predictor, wishes: Wishes) -> Iterator[tuple[Job, dict[str, Any] | MedsegError]]:
+def _refuse_without_model(given: dict[str, Any]) -> None:
+    """InputError for an option whose meaning depends on the model, where none is named."""
+    for option, value in given.items():
+        if value:
+            raise InputError(f"{option} goes with a model of your choice", "Name it with -m; see `medseg models list`")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The model that was chosen, None where none was, and what became of the scans that were looked at
+    for it: why they are for none, and the last one itself."""
+
+    name: str
+    package: ModelPackage | None
+    seen: dict[Job, Read | MedsegError]
+
+
+def _choose(jobs: list[Job], wishes: Wishes) -> _Choice:
+    """The model that the first scan is for which is for one alone. InputError where there is no model."""
+    from medseg.infer.choice import choose_model
+
+    models = _models()
+    seen: dict[Job, Read | MedsegError] = {}
+    for job in jobs:
+        try:
+            scan = _read(job, (), wishes, bar=len(jobs) == 1)
+            name = choose_model(scan.volume, models)
+        except MedsegError as error:
+            seen[job] = error
+            continue
+        seen[job] = scan
+        package = models[name]
+        click.echo(f"{job.scan.name}: taken is the model {name}, for scans like it; -m names another", err=True)
+        return _Choice(name, None if isinstance(package, str) else package, seen)
+    return _Choice("", None, seen)
+
+
+def _models() -> dict[str, ModelPackage | str]:
+    """The models of this machine by name, or why one cannot be taken."""
+    from medseg.infer.choice import NO_EXPERIENCE, require_some
+    from medseg.models.package import EXPERIENCE, load_package
+    from medseg.models.shelf import at_hand
+
+    found: dict[str, ModelPackage | str] = {}
+    for name, folder in at_hand().items():
+        try:
+            # Without looking at gigabytes of weights.
+            found[name] = load_package(folder) if (folder / EXPERIENCE).exists() else NO_EXPERIENCE
+        except InputError as error:
+            found[name] = str(error)
+    require_some(found)
+    return found
+
+
+def _run(
+    jobs: list[Job], predictor: Predictor | None, wishes: Wishes, choice: _Choice | None
+) -> Iterator[tuple[Job, dict[str, Any] | MedsegError]]:
     """Each job and its record, or why there is none. The next scan is read, and the last result
     written, while one is computed."""
+    if predictor is None:
+        yield from (
+            (job, seen) for job, seen in (choice.seen if choice else {}).items() if isinstance(seen, MedsegError)
+        )
+        return
+    predictor.scans_held = min(2, len(jobs))
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         unwritten: list[tuple[Job, Future[dict[str, Any]]]] = []
         try:
-            for job, reading in _ahead(reader, jobs, predictor, wishes):
+            for job, reading in _ahead(reader, jobs, _reading(predictor, wishes, choice, bar=len(jobs) == 1)):
                 try:
                     scan = reading.result()
                     result = _computed(job, scan, predictor, wishes, bar=len(jobs) == 1)
@@ -244,16 +335,33 @@ def _run(jobs: list[Job], predictor: Predictor, wishes: Wishes) -> Iterator[tupl
             writer.shutdown(cancel_futures=True)
 
 
+def _reading(predictor: Predictor, wishes: Wishes, choice: _Choice | None, *, bar: bool) -> Callable[[Job], Read]:
+    """What reads a job's scan. Where the model was chosen here, those scans that were read for it are not
+    read again, and the others must be for it."""
+    from medseg.infer.choice import require_fit
+
+    def read(job: Job) -> Read:
+        seen = choice.seen.pop(job, None) if choice else None
+        if isinstance(seen, MedsegError):
+            raise seen
+        scan = seen or _read(job, predictor.package.plan.normalisation.value, wishes, bar=bar)
+        if choice and not seen:
+            require_fit(scan.volume, predictor.package, choice.name)
+        return scan
+
+    return read
+
+
 def _ahead(
-    reader: ThreadPoolExecutor, jobs: list[Job], predictor: Predictor, wishes: Wishes
+    reader: ThreadPoolExecutor, jobs: list[Job], read: Callable[[Job], Read]
 ) -> Iterator[tuple[Job, Future[Read]]]:
     """Each job once its scan is read, and the reading of the next begun."""
     following: Future[Read] | None = None
     for number, job in enumerate(jobs):
-        current = following or reader.submit(_read, job, predictor, wishes, bar=len(jobs) == 1)
+        current = following or reader.submit(read, job)
         wait([current])
         after = jobs[number + 1] if number + 1 < len(jobs) else None
-        following = reader.submit(_read, after, predictor, wishes, bar=False) if after else None
+        following = reader.submit(read, after) if after else None
         yield job, current
 
 
@@ -264,7 +372,7 @@ def _outcome(job: Job, writing: Future[dict[str, Any]]) -> tuple[Job, dict[str, 
         return job, error
 
 
-def _read(job: Job, predictor: Predictor, wishes: Wishes, *, bar: bool) -> Read:
+def _read(job: Job, rules: Sequence[Normalisation], wishes: Wishes, *, bar: bool) -> Read:
     from medseg.io.scan import read_scan
     from medseg.io.sidecar import require_own
 
@@ -276,7 +384,6 @@ def _read(job: Job, predictor: Predictor, wishes: Wishes, *, bar: bool) -> Read:
     with _enough_memory(job):
         watch = progress("read", unit="file") if bar else silent
         if job.channels:
-            rules = predictor.package.plan.normalisation.value
             return Read(*read_channels(job.channels, rules, align=job.align, progress=watch), reference)
         volume, notes = read_scan(job.scan, job.series, progress=watch)
         return Read(volume, notes, [], reference)

@@ -18,6 +18,8 @@ from medseg.io.nifti import read_labels, read_volume, stem
 
 # Label maps are written as 16-bit integers at most.
 _LARGEST_LABEL = 65_535
+# Of what the owner of the data writes about them, so many characters are kept.
+_MOST_TOLD = 300
 _LAYOUT = "A task needs dataset.json, imagesTr and labelsTr; see data/README.md"
 
 
@@ -34,7 +36,8 @@ class Case:
 @dataclass(frozen=True)
 class Task:
     """A Decathlon-format folder: channels in the order of the fourth dimension, the labels, the
-    training cases (with labels) and the test cases (without)."""
+    training cases (with labels) and the test cases (without); and what their owner says of them, each
+    in one line."""
 
     name: str
     title: str
@@ -45,6 +48,8 @@ class Task:
     test: tuple[Case, ...] = ()
     description: str = ""
     licence: str = ""
+    reference: str = ""
+    release: str = ""
     subjects: Mapping[str, str] = field(default_factory=dict)
 
     def case(self, case_id: str) -> Case:
@@ -88,8 +93,10 @@ def load_task(folder: Path) -> Task:
         labels=LabelSet(tuple(Label(name, number) for number, name in names.items() if number != 0)),
         cases=tuple(Case(stem(image), image, label, _subject(title, stem(image), subjects)) for image, label in paired),
         test=tuple(Case(stem(i), i, None, _subject(title, stem(i), subjects)) for i in test),
-        description=str(described.get("description", "")),
-        licence=str(described.get("licence", described.get("license", ""))),
+        description=_told(described, "description"),
+        licence=_told(described, "licence", "license"),
+        reference=_told(described, "reference"),
+        release=_told(described, "release", "relase"),
         subjects=subjects,
     )
     if twice := sorted(case for case, times in Counter(case.id for case in task.cases).items() if times > 1):
@@ -162,6 +169,14 @@ def _numbered(described: dict[str, Any], key: str) -> dict[int, str]:
     if strange := [number for number, name in found.items() if not isinstance(name, str)]:
         raise InputError(f"{key!r} in dataset.json has no name for {strange[0]}", "Name it with a string")
     return found
+
+
+def _told(described: dict[str, Any], *keys: str) -> str:
+    """What the first of the keys that is there says, on one line, without control characters, and cut
+    where it is long."""
+    said = next((str(described[key]) for key in keys if described.get(key)), "")
+    line = " ".join("".join(c if c.isprintable() else " " for c in said[: 10 * _MOST_TOLD]).split())
+    return line if len(line) <= _MOST_TOLD else f"{line[: _MOST_TOLD - 1]}…"
 
 
 def _entries(described: dict[str, Any], key: str, *, needed: bool = True) -> list[dict[str, Any]]:

@@ -414,7 +414,7 @@ def _stored_head(package: ModelPackage) -> Head | None:
         if not isinstance(member, StoredWeights):
             return None  # not so in a package that was loaded
         with safe_open(member.path, framework="np") as file:
-            weight, bias = (file.get_tensor(name) for name in head_of(graph))
+            weight, bias = (file.get_tensor(name).astype(np.float32) for name in head_of(graph))
         heads.append((weight.reshape(weight.shape[0], -1), bias))
     return _joined(heads)
 

@@ -132,7 +132,7 @@ class Predictor:
         trained on (unless ``force``), and where it would need more memory than it may have.
         """
         started = time.perf_counter()
-        mismatches = self._mismatches(volume)
+        mismatches = unlike(volume, self.package)
         if not force:
             refuse_gross(mismatches)
         calibration = self.package.calibration
@@ -181,17 +181,20 @@ class Predictor:
             calibration,
         )
 
-    def _mismatches(self, volume: Volume) -> tuple[Mismatch, ...]:
-        plan, trained = self.package.plan, self.package.experience
-        if trained is None or volume.channels != len(plan.channels):
-            return ()  # of channels, preprocessing says what is wrong
-        # An optional channel that is missing stands at one value.
-        missing = [
-            name
-            for name, values in zip(plan.channels, volume.values, strict=True)
-            if name in plan.optional_channels.value and values.min() == values.max()
-        ]
-        return compare(volume, trained, missing=missing)
+
+def unlike(volume: Volume, package: ModelPackage) -> tuple[Mismatch, ...]:
+    """How a scan differs from those that a model was trained on, the gravest first; nothing where that
+    is not known."""
+    plan, trained = package.plan, package.experience
+    if trained is None or volume.channels != len(plan.channels):
+        return ()  # of channels, preprocessing says what is wrong
+    # An optional channel that is missing stands at one value.
+    missing = [
+        name
+        for name, values in zip(plan.channels, volume.values, strict=True)
+        if name in plan.optional_channels.value and values.min() == values.max()
+    ]
+    return compare(volume, trained, missing=missing)
 
 
 def predict(volume: Volume, package: ModelPackage, *, engine: str = "auto") -> Prediction:

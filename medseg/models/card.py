@@ -1,6 +1,8 @@
 """A package's README.md: what a person should know of a model before using it.
 
-Every figure comes from the package's own data, so that the card is as true as they are.
+Every figure comes from the package's own data, so that the card is as true as they are. Names and
+other words in these are anybody's: each is put on one line, cut where it is long, and says nothing to
+whoever renders Markdown.
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 from medseg.models.calibration import Calibration
 from medseg.models.evaluation import Evaluation, Figure, StructureScore, Tried
 from medseg.models.experience import Experience
+from medseg.plan.fingerprint import Source
 
 if TYPE_CHECKING:
     from medseg.models.package import ModelPackage
+
+_LONG = 300
+_MARKUP = str.maketrans({sign: f"\\{sign}" for sign in "\\`*#[]<>|"})
 
 
 def card(package: ModelPackage) -> str:
@@ -29,7 +35,7 @@ def card(package: ModelPackage) -> str:
 
 def _head(package: ModelPackage) -> Iterator[str]:
     count = len(package.members)
-    yield f"# {package.name}"
+    yield f"# {_plain(package.name)}"
     yield ""
     yield "Research software; not a medical device."
     yield ""
@@ -43,21 +49,31 @@ def _head(package: ModelPackage) -> Iterator[str]:
 
 def _channels(package: ModelPackage) -> str:
     may = package.plan.optional_channels.value
-    names = [f"{name} (may be missing)" if name in may else name for name in package.plan.channels]
+    names = [f"{_plain(name)}{' (may be missing)' if name in may else ''}" for name in package.plan.channels]
     return f"the channel {names[0]}" if len(names) == 1 else f"the channels {', '.join(names)}, in this order"
 
 
 def _data(package: ModelPackage) -> Iterator[str]:
-    known = package.evaluation
+    told = _source(package)
     yield "## Data"
     yield ""
-    about = f": {known.description.rstrip('.')}" if known and known.description else ""
-    yield f"- {package.plan.task}{about}"
-    yield f"- licence of the data: {(known.licence if known else '') or 'not stated'}"
+    about = f": {_plain(told.description.rstrip('.'))}" if told.description else ""
+    yield f"- {_plain(package.plan.task)}{about}"
+    if told.reference:
+        yield f"- source: {_plain(told.reference)}{f', release {_plain(told.release)}' if told.release else ''}"
+    yield f"- licence of the data: {_plain(told.licence) or 'not stated'}"
     if package.trained_on:
         yield f"- trained on {len(package.trained_on)} cases; {len(package.held_out)} more were seen by no network"
     elif package.provenance.get("training_cases"):
         yield f"- trained on {package.provenance['training_cases']} cases"
+
+
+def _source(package: ModelPackage) -> Source:
+    """What the data's owner says of them, as far as the package has it."""
+    if package.experience and package.experience.source:
+        return package.experience.source
+    known = package.evaluation
+    return Source.model_construct(description=known.description, licence=known.licence) if known else Source()
 
 
 def _plan(package: ModelPackage) -> Iterator[str]:
@@ -70,7 +86,12 @@ def _plan(package: ModelPackage) -> Iterator[str]:
     steps = package.provenance.get("steps")
     done = f"{steps} steps of " if steps else ""
     yield f"- {done}{one.batch.value} patches each; learning rate {package.plan.training.learning_rate.value:g}"
-    yield f"- normalisation: {', '.join(f'{n.channel} {n.kind}' for n in package.plan.normalisation.value)}"
+    yield f"- normalisation: {', '.join(f'{_plain(n.channel)} {n.kind}' for n in package.plan.normalisation.value)}"
+    if rounded := package.provenance.get("rounded_from"):
+        yield (
+            "- weights rounded to float16, and computed with in float32; figures are those of the model before, "
+            f"{_plain(rounded)}"
+        )
 
 
 def _scores(known: Evaluation) -> Iterator[str]:
@@ -91,7 +112,7 @@ def _scores(known: Evaluation) -> Iterator[str]:
         yield ""
         yield f"Of {known.leaks} subjects a network knew another case: these figures are too good."
     yield ""
-    worst = ", ".join(f"{one.case} ({one.dice:.3f})" for one in known.worst)
+    worst = ", ".join(f"{_plain(one.case)} ({one.dice:.3f})" for one in known.worst)
     yield f"Worst cases, by mean Dice: {worst}."
     if len(known.folds) > 1:
         yield ""
@@ -129,7 +150,7 @@ def _refinement(package: ModelPackage) -> Iterator[str]:
     yield "## Post-processing"
     yield ""
     if package.refinement:
-        yield f"Kept: {'; '.join(f'{rule.name}: {rule}' for rule in package.refinement.rules)}."
+        yield f"Kept: {'; '.join(f'{_plain(rule.name)}: {rule}' for rule in package.refinement.rules)}."
     else:
         yield "None."
     if package.evaluation and package.evaluation.tried:
@@ -183,10 +204,10 @@ def _scans(known: Experience) -> Iterator[str]:
     yield f"- spacing {spacing} mm, field of view {extent} mm"
     for channel in known.channels:
         kind = f" ({channel.modality})" if channel.modality else ""
-        yield f"- {channel.name}{kind}: 1st percentile {channel.percentiles[0]}, 99th {channel.percentiles[-1]}"
+        yield f"- {_plain(channel.name)}{kind}: 1st percentile {channel.percentiles[0]}, 99th {channel.percentiles[-1]}"
     for one in known.structures:
         size = f"{one.mm3.low / 1000:.3g} to {one.mm3.high / 1000:.3g} ml" if one.mm3 else "never there"
-        yield f"- {one.name}: in {one.cases} of {known.cases} training cases, {size}"
+        yield f"- {_plain(one.name)}: in {one.cases} of {known.cases} training cases, {size}"
 
 
 def _limits(package: ModelPackage) -> Iterator[str]:
@@ -204,31 +225,31 @@ def _again(package: ModelPackage) -> Iterator[str]:
     yield "## Again"
     yield ""
     if "imported" in made:
-        yield f"Imported from {made['imported']}."
+        yield f"Imported from {_plain(made['imported'])}."
     else:
         yield "```sh"
         yield from _commands(package)
         yield "```"
     yield ""
     if found := made.get("versions"):
-        yield f"- versions: {', '.join(f'{name} {version}' for name, version in found.items())}"
+        yield f"- versions: {', '.join(f'{_plain(name)} {_plain(version)}' for name, version in found.items())}"
     yield f"- plan {package.plan.digest()}"
     yield f"- model {package.digest()}"
 
 
 def _commands(package: ModelPackage) -> Iterator[str]:
-    name, made, known = package.configuration_name, package.provenance, package.evaluation
+    name, made, known = _plain(package.configuration_name), package.provenance, package.evaluation
     yield "medseg plan TASK -o RUN"
     yield "# Put this plan.json in place of RUN/plan.json, and the cases that package.json names into RUN/folds.json."
     if known and len(known.folds) == known.of_folds and "seed" in made:
-        each = " ".join(f"-c {one.configuration}" for one in known.compared)
-        yield f"medseg train RUN --all-folds {each} --seed {made['seed']}{_start(made)}"
+        each = " ".join(f"-c {_plain(one.configuration)}" for one in known.compared)
+        yield f"medseg train RUN --all-folds {each} --seed {_plain(made['seed'])}{_start(made)}"
         return
     yield f"medseg preprocess RUN -c {name}"
     for fold, one in made.get("folds", {str(made.get("fold", 0)): made}).items():
-        yield f"medseg train RUN -c {name} --fold {fold} --seed {one.get('seed', 0)}{_start(one)}"
+        yield f"medseg train RUN -c {name} --fold {_plain(fold)} --seed {_plain(one.get('seed', 0))}{_start(one)}"
         if known:
-            folder = f"RUN/{name}/fold{fold}"
+            folder = f"RUN/{name}/fold{_plain(fold)}"
             yield f"medseg predict TASK --held-out -m {folder}/model -o {folder}/predictions"
     if known:
         yield f"medseg choose RUN -c {name}{'' if len(known.folds) == known.of_folds else ' --partial'}"
@@ -240,9 +261,15 @@ def _by(values: Sequence[object]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     for row in (head, ["---"] * len(head), *rows):
-        yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+        yield "| " + " | ".join(map(_plain, row)) + " |"
+
+
+def _plain(value: object) -> str:
+    """Anything as text on one line that is no markup."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)[: 10 * _LONG]).split())
+    return (text if len(text) <= _LONG else f"{text[: _LONG - 1]}…").translate(_MARKUP)
 
 
 def _start(made: Mapping[str, Any]) -> str:
     """The option for the model that training began with, if any."""
-    return f" --from MODEL  # of which the digest is {made['start']}" if made.get("start") else ""
+    return f" --from MODEL  # of which the digest is {_plain(made['start'])}" if made.get("start") else ""

@@ -18,7 +18,7 @@ from pydantic import Field
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
 from medseg.core.volume import Volume
-from medseg.plan.fingerprint import PERCENTILES, CasePrint, ChannelPrint, Fingerprint, channel_prints
+from medseg.plan.fingerprint import PERCENTILES, CasePrint, ChannelPrint, Fingerprint, Source, channel_prints
 from medseg.plan.plan import Count, Finite, Strict
 
 Float64 = NDArray[np.float64]
@@ -85,7 +85,8 @@ class StructureExperience(Strict):
 
 class Experience(Strict):
     """What ``experience.json`` of a package holds. ``spacing`` (mm) and ``extent`` (field of view, mm)
-    are along x, y, z; ``orientations`` are those of the files' own axes."""
+    are along x, y, z; ``orientations`` are those of the files' own axes; ``source`` says where the data
+    come from, None where nobody noted it."""
 
     format: Literal[1] = 1
     cases: Count
@@ -94,6 +95,7 @@ class Experience(Strict):
     orientations: tuple[str, ...]
     channels: tuple[ChannelExperience, ...]
     structures: tuple[StructureExperience, ...]
+    source: Annotated[Source | None, Field(default=None, exclude_if=lambda value: value is None)]
 
     def structure(self, number: int) -> StructureExperience | None:
         """What is known of a structure, by its number."""
@@ -154,6 +156,7 @@ def experience(measured: Fingerprint, cases: Iterable[str], labels: LabelSet) ->
         orientations=tuple(sorted({row.orientation for row in seen})),
         channels=tuple(channels),
         structures=tuple(_structure(seen, label.name, label.number) for label in labels),
+        source=measured.source,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-_FLOAT32, _EXTERNAL = 1, 1
+_FLOAT32, _FLOAT16, _EXTERNAL = 1, 10, 1
 _IR_VERSION, _OPSET = 8, 17
 Attribute: TypeAlias = int | float | tuple[int, ...]
 _Field: TypeAlias = tuple[int, int | float | bytes]
@@ -20,14 +20,15 @@ _Field: TypeAlias = tuple[int, int | float | bytes]
 
 @dataclass(frozen=True)
 class Weight:
-    """Float32 values in another file: ``length`` bytes from byte ``offset`` of the file ``location``
-    beside this one."""
+    """Float32 values, or ``half`` as many bits of them, in another file: ``length`` bytes from byte
+    ``offset`` of the file ``location`` beside this one."""
 
     name: str
     shape: tuple[int, ...]
     location: str
     offset: int
     length: int
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _weight(weight: Weight) -> bytes:
     return b"".join(
         (
             *(_int(1, n) for n in weight.shape),
-            _int(2, _FLOAT32),
+            _int(2, _FLOAT16 if weight.half else _FLOAT32),
             _text(8, weight.name),
             *(_bytes(13, _text(1, key) + _text(2, value)) for key, value in where),
             _int(14, _EXTERNAL),
@@ -227,6 +228,7 @@ def _read_weight(data: bytes) -> Weight:
         location=where["location"],
         offset=int(where["offset"]),
         length=int(where["length"]),
+        half=_ints(data, 2)[0] == _FLOAT16,
     )
 
 

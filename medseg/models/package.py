@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -146,6 +146,28 @@ class ModelPackage:
         after = [self.refinement.model_dump(mode="json")] if self.refinement else []
         weights = [_checksum(m) for m in self.members]
         return digest([self.plan.digest(), self.configuration_name, weights, *before, *after])
+
+
+def halved(package: ModelPackage) -> ModelPackage:
+    """The same model with its weights rounded to half as many bits (float16). So they are stored; what
+    is computed with them is computed in float32.
+
+    It is another model, with another digest, of nearly the same results: what was measured of the
+    first is kept, and its digest. Raises InputError where a weight is too large for float16.
+    """
+    return replace(
+        package,
+        members=tuple(_half(weights, package.name) for weights in package.members),
+        previous=halved(package.previous) if package.previous else None,
+        provenance={"rounded_from": package.digest(), **package.provenance},
+    )
+
+
+def _half(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    rounded = {key: one.half() if one.is_floating_point() else one for key, one in weights.items()}
+    if broken := [key for key, one in rounded.items() if not one.isfinite().all()]:
+        raise InputError(f"the weights {broken[0]} of {name} are beyond what float16 holds", "Keep them as they are")
+    return rounded
 
 
 def save_package(folder: Path, package: ModelPackage) -> None:

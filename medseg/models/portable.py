@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 TILES, LOGITS, FEATURES = "tiles", "logits", "features"
 _OPERATORS = frozenset(
-    {"Add", "AveragePool", "Concat", "Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "Relu"}
+    {"Add", "AveragePool", "Cast", "Concat", "Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "Relu"}
 )
 _MOST_BYTES = 2**24
+# Weights that are stored in half the bits are made float32 (ONNX's number 1) before anything is computed.
+_TYPES = {"F32": False, "F16": True}
+_FULL, _FLOAT32 = ".float32", 1
 
 
 class NotPortableError(ValueError):
@@ -33,16 +36,27 @@ def splits(classes: int, features: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file: its first byte and how many there are; ``half`` for float16."""
+
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    half: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Where each tensor lies in a safetensors file: shape, first byte, bytes."""
+    """Where each tensor lies in a safetensors file."""
 
     file: str
-    tensors: dict[str, tuple[tuple[int, ...], int, int]]
+    tensors: dict[str, Place]
 
 
 def layout(path: Path) -> Layout:
     """Where the tensors of a safetensors file lie, as its header says it (the safetensors library has
-    read the file before, and so checked the header). Raises NotPortableError where one is not float32."""
+    read the file before, and so checked the header). Raises NotPortableError where one is neither float32
+    nor float16."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -50,10 +64,10 @@ def layout(path: Path) -> Layout:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] != "F32":
-            raise NotPortableError(f"the weights {name} are {entry['dtype']}, not F32")
+        if entry["dtype"] not in _TYPES:
+            raise NotPortableError(f"the weights {name} are {entry['dtype']}, not {' or '.join(_TYPES)}")
         first, last = entry["data_offsets"]
-        tensors[name] = (tuple(entry["shape"]), 8 + size + first, last - first)
+        tensors[name] = Place(tuple(entry["shape"]), 8 + size + first, last - first, _TYPES[entry["dtype"]])
     return Layout(path.name, tensors)
 
 
@@ -96,7 +110,7 @@ def check(path: Path, weights: Layout, configuration: Configuration, channels: i
     if any(node.op not in _OPERATORS for node in graph.nodes):
         raise ValueError("it holds unknown operators")
     for weight in graph.weights:
-        place = (weight.shape, weight.offset, weight.length)
+        place = Place(weight.shape, weight.offset, weight.length, weight.half)
         if weight.location != weights.file or weights.tensors.get(weight.name) != place:
             raise ValueError(f"its weights {weight.name} are not those of {weights.file}")
     ports = (*graph.inputs, *graph.outputs[:1])
@@ -114,25 +128,29 @@ def head_of(graph: Graph) -> tuple[str, str]:
     last = graph.nodes[-1]
     if last.op != "Conv" or len(last.inputs) != 3 or last.inputs[0] != FEATURES or last.output != LOGITS:
         raise ValueError("its logits are no 1x1x1 convolution of its features")
-    return last.inputs[1], last.inputs[2]
+    return last.inputs[1].removesuffix(_FULL), last.inputs[2].removesuffix(_FULL)
 
 
 def _graph(nodes: list[Node], last: str, channels: int, classes: int, used: list[str], weights: Layout) -> Graph:
     final = next(node for node in nodes if node.output == last)
-    rename = {last: LOGITS}
+    halves = [name for name in used if weights.tensors[name].half]
+    rename = {last: LOGITS, **{name: name + _FULL for name in halves}}
     outputs = [(LOGITS, classes)]
-    features = weights.tensors[final.inputs[1]][0][1] if final.op == "Conv" and len(final.inputs) == 3 else classes
+    features = weights.tensors[final.inputs[1]].shape[1] if final.op == "Conv" and len(final.inputs) == 3 else classes
     if splits(classes, features) and all(n == 1 for n in dict(final.attributes)["kernel_shape"]):  # type: ignore[union-attr]
         rename[final.inputs[0]] = FEATURES
         outputs.append((FEATURES, features))
-    space = [f"size{n}" for n in range(len(weights.tensors[used[0]][0]) - 2)]
+    space = [f"size{n}" for n in range(len(weights.tensors[used[0]].shape) - 2)]
     return Graph(
         name="network",
         inputs=(Port(TILES, ("batch", channels, *space)),),
         outputs=tuple(Port(name, ("batch", count, *space)) for name, count in outputs),
-        nodes=tuple(
-            Node(n.op, tuple(rename.get(i, i) for i in n.inputs), rename.get(n.output, n.output), n.attributes)
-            for n in nodes
+        nodes=(
+            *(Node("Cast", (name,), name + _FULL, (("to", _FLOAT32),)) for name in halves),
+            *(
+                Node(n.op, tuple(rename.get(i, i) for i in n.inputs), rename.get(n.output, n.output), n.attributes)
+                for n in nodes
+            ),
         ),
         weights=tuple(_weight(name, weights) for name in used),
     )
@@ -140,13 +158,13 @@ def _graph(nodes: list[Node], last: str, channels: int, classes: int, used: list
 
 def _require_held(names: list[str], network: nn.Module, weights: Layout) -> None:
     for name in names:
-        if name not in weights.tensors or weights.tensors[name][0] != tuple(network.get_parameter(name).shape):
+        if name not in weights.tensors or weights.tensors[name].shape != tuple(network.get_parameter(name).shape):
             raise NotPortableError(f"{weights.file} lacks {name}, or has another shape of it")
 
 
 def _weight(name: str, weights: Layout) -> Weight:
-    shape, offset, length = weights.tensors[name]
-    return Weight(name, shape, weights.file, offset, length)
+    place = weights.tensors[name]
+    return Weight(name, place.shape, weights.file, place.offset, place.length, place.half)
 
 
 def _node(step: Any, traced: Any, inputs: list[str]) -> tuple[Node | None, list[str]]:

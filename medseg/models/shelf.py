@@ -1,16 +1,17 @@
-"""Packages on this machine's shelf: installed under a name, found by it, passed on as a zip."""
+"""Packages on this machine: shipped with medseg or installed under a name, found by it, passed on as a zip."""
 
 from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
 from medseg.core.errors import InputError
 from medseg.io.files import atomic, read_json
 from medseg.io.sources import unpacked
-from medseg.models.package import INDEX, PREVIOUS, ModelPackage, load_package, save_package
+from medseg.models.package import INDEX, PREVIOUS, ModelPackage, halved, load_package, save_package
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SUFFIXES = (".json", ".safetensors", ".onnx", ".md")
@@ -24,23 +25,35 @@ def shelf() -> Path:
     return Path.home() / ".local" / "share" / "medseg" / "models"
 
 
+def shipped() -> Path:
+    """Where the packages lie that come with medseg itself; there may be none."""
+    return Path(__file__).with_name("starter")
+
+
+def at_hand(models: Path | None = None) -> dict[str, Path]:
+    """The folders of all packages that are found by name, by name: those shipped, and those installed,
+    which take the place of shipped ones of the same name."""
+    found = {folder.name: folder for folder in (*installed(shipped()), *installed(models or shelf()))}
+    return dict(sorted(found.items()))
+
+
 def most_unpacked(path: Path) -> int:
     """Bytes that a zip of models may unpack to."""
     return _GROWTH * path.stat().st_size + _SPARE if path.is_file() else 0
 
 
 def find_package(name_or_folder: str | Path, models: Path | None = None) -> Path:
-    """The folder of a package: the one named, or the one installed under that name.
+    """The folder of a package: the one named, or the one installed or shipped under that name.
 
     Raises InputError where there is neither.
     """
     folder = Path(name_or_folder)
     if folder.exists() or len(folder.parts) > 1:
         return folder
-    models = models or shelf()
-    if _NAME.fullmatch(str(name_or_folder)) and (models / name_or_folder / INDEX).is_file():
-        return models / name_or_folder
-    names = ", ".join(p.name for p in installed(models)) or "none"
+    known = at_hand(models)
+    if found := known.get(str(name_or_folder)):
+        return found
+    names = ", ".join(known) or "none"
     raise InputError(
         f"there is no model package {name_or_folder}, nor one installed under that name",
         f"Name its folder, or one that is installed ({names})",
@@ -70,12 +83,17 @@ def install(source: Path, models: Path, name: str | None = None) -> Path:
     return place
 
 
-def pack(folder: Path, target: Path) -> None:
-    """A package as a zip: the same bytes for the same package. Atomic.
+def pack(folder: Path, target: Path, *, half: bool = False) -> None:
+    """A package as a zip: the same bytes for the same package. Atomic. ``half`` as `halved` says.
 
     Raises InputError where the package is not whole.
     """
-    load_package(folder)
+    package = load_package(folder)
+    if half:
+        with tempfile.TemporaryDirectory() as temporary:
+            save_package(Path(temporary) / "package", halved(package))
+            pack(Path(temporary) / "package", target)
+        return
     with atomic(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name in package_files(folder):
             entry = zipfile.ZipInfo(f"{target.stem}/{name}", _EPOCH)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
@@ -81,13 +81,26 @@ class Intensities(Strict):
     maximum: Finite
 
 
+Told = Annotated[str, Field(max_length=300)]
+
+
+class Source(Strict):
+    """Where the data come from, as their owner says it in ``dataset.json``; empty where it is silent."""
+
+    description: Told = ""
+    licence: Told = ""
+    reference: Told = ""
+    release: Told = ""
+
+
 class Fingerprint(Strict):
-    """What was measured of a task."""
+    """What was measured of a task, and where it comes from."""
 
     format: Literal[3] = 3
     task: str
     cases: tuple[CasePrint, ...]
     intensities: tuple[Intensities, ...]
+    source: Source | None = None
 
     @property
     def shapes(self) -> NDArray[np.float64]:
@@ -124,7 +137,7 @@ class Fingerprint(Strict):
 
     def digest(self) -> str:
         """SHA-256 of the measurements."""
-        return digest(self.model_dump(mode="json"))
+        return digest(self.model_dump(mode="json", exclude={"source"}))
 
 
 def fingerprint(task: Task, *, progress: Progress = silent) -> Fingerprint:
@@ -150,7 +163,14 @@ def fingerprint(task: Task, *, progress: Progress = silent) -> Fingerprint:
                 maximum=float(values.max()),
             )
         )
-    return Fingerprint(task=task.name, cases=tuple(row for row, _ in rows), intensities=tuple(intensities))
+    return Fingerprint(
+        task=task.name,
+        cases=tuple(row for row, _ in rows),
+        intensities=tuple(intensities),
+        source=Source(
+            description=task.description, licence=task.licence, reference=task.reference, release=task.release
+        ),
+    )
 
 
 def read_fingerprint(path: Path) -> Fingerprint:

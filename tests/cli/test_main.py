@@ -119,7 +119,7 @@ def test_planning_scoring_and_reporting_come_without_torch(made: Any, tmp_path: 
         (["train", "run", "--device", "tpu"], ["--device", "tpu"]),
         (["plan", "task"], ["-o"]),
         (["plan", "task", "-o", "x", "--folds", "1"], ["--folds"]),
-        (["predict", "scan.nii.gz"], ["--model"]),
+        (["predict", "task", "--held-out"], ["--held-out", "-m"]),
         (["predict", "-m", "model"], ["SCANS"]),
         (["evaluate", "a"], ["TASK"]),
         (["evaluate", "a", "b", "--tolerance", "-1"], ["--tolerance"]),

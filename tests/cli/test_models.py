@@ -15,6 +15,7 @@ FLAT = Path(__file__).parents[1] / "models" / "nnunet" / "flat"
 @pytest.mark.slow
 def test_import_export_install_list_info_predict(medseg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr("medseg.models.shelf.shipped", lambda: tmp_path / "shipped")
     done = medseg("models", "import", FLAT / "models", "-o", tmp_path / "flat")
     assert done.status == 0, done
     assert "nnunet-plain" in done.out

@@ -78,6 +78,17 @@ def test_both_spellings_of_the_licence(tmp_path: Path, spelling: str) -> None:
     assert load_task(described(tmp_path / "t", **changes)).licence == "CC0"
 
 
+@pytest.mark.parametrize("spelling", ["release", "relase"])
+def test_what_the_owner_says_is_one_short_line(tmp_path: Path, spelling: str) -> None:
+    long = "a\n\n# b\x00\u202e\ud800 " + 10**6 * "c"
+    task = load_task(
+        described(tmp_path / "t", reference="A clinic", **{spelling: 1.5}, description=long, licence=["x"])
+    )
+    assert (task.reference, task.release, task.licence) == ("A clinic", "1.5", "['x']")
+    assert task.description.startswith("a # b ccc")
+    assert (len(task.description), task.description[-1]) == (300, "…")
+
+
 def test_no_test_cases_and_no_words_are_fine(tmp_path: Path) -> None:
     task = load_task(described(tmp_path / "Task03_Liver", test=None, name=None, description=None, licence=None))
     assert task.test == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,24 @@ from medseg.core.errors import InputError
 from medseg.models.build import build
 from medseg.models.card import card
 from medseg.models.evaluation import CaseScore, Compared, Evaluation, Figure, StructureScore, Tried
+from medseg.models.experience import Experience, Range
 from medseg.models.package import INDEX, ModelPackage, load_package, save_package
 from medseg.models.refinement import Refinement, Rule
+from medseg.plan.fingerprint import Source
 
 LARGEST = Rule(name="left blob", number=1, largest=True)
 SMALL = Rule(name="right blob", number=2, smallest_mm3=12.5)
+
+ONE = Range(low=1, high=2)
+SEEN: dict[str, Any] = {
+    "cases": 2,
+    "spacing": (ONE,) * 3,
+    "extent": (ONE,) * 3,
+    "orientations": ("RAS",),
+    "channels": (),
+    "structures": (),
+    "source": None,
+}
 
 
 def evaluation() -> Evaluation:
@@ -128,6 +142,30 @@ def test_a_single_fold_has_a_card_of_what_is_known(package: ModelPackage) -> Non
     assert "medseg train RUN -c 3d --fold 2 --seed 0\n" in text
     begun = card(replace(one, provenance={"fold": 2, "start": "abc"}))
     assert "--fold 2 --seed 0 --from MODEL  # of which the digest is abc\n" in begun
+
+
+def test_what_the_owner_says_of_the_data_is_told(package: ModelPackage) -> None:
+    source = Source(description="Ellipsoids.", licence="CC-BY 4.0", reference="A clinic", release="1.0 2018")
+    text = card(replace(package, experience=Experience.model_construct(**{**SEEN, "source": source})))
+    for words in ("Task00_blobs: Ellipsoids\n", "- source: A clinic, release 1.0 2018\n", "the data: CC-BY 4.0\n"):
+        assert words in text
+    # What nobody noted is taken from what `medseg choose` wrote down.
+    assert "licence of the data: CC0\n" in card(replace(package, experience=Experience.model_construct(**SEEN)))
+
+
+def test_words_from_files_are_no_markup(package: ModelPackage) -> None:
+    evil = "x\n\n# Approved | ![a](http://e/x) <script>alert(1)</script> `c` **b** \u202e"
+    source = Source(description=evil, licence=evil, reference=evil, release=evil)
+    plan = package.plan.model_copy(update={"task": evil, "channels": (evil,)})
+    known = evaluation().model_copy(update={"worst": (CaseScore(case=evil + 9000 * "y", dice=0.5),)})
+    seen = Experience.model_construct(**{**SEEN, "source": source})
+    provenance = {"versions": {evil: evil}, "rounded_from": evil, "imported": evil}
+    text = card(replace(package, plan=plan, evaluation=known, experience=seen, provenance=provenance))
+    assert not re.search(r"(?<!\\)(<script|\[a\]|`c`|\*\*b)", text)
+    assert "\n# Approved" not in text
+    assert "\u202e" not in text
+    assert text.count("\n# ") == 0
+    assert max(map(len, text.splitlines())) < 1200
 
 
 def test_the_package_holds_rules_figures_and_the_card_of_them(tmp_path: Path, package: ModelPackage) -> None:

@@ -12,7 +12,7 @@ import torch
 from medseg.core.errors import InputError
 from medseg.models.build import build
 from medseg.models.package import ModelPackage, load_package, save_package
-from medseg.models.shelf import find_package, install, installed, pack, package_files, size_of
+from medseg.models.shelf import at_hand, find_package, install, installed, pack, package_files, size_of
 from medseg.plan.plan import parse_plan
 
 NETWORK = {"features": [2, 4], "kernels": [[3, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [2, 2, 2]]}
@@ -38,6 +38,13 @@ PLAN = {
     },
     "fingerprint": "",
 }
+
+
+@pytest.fixture(autouse=True)
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of shipped models, which is not there."""
+    monkeypatch.setattr("medseg.models.shelf.shipped", lambda: tmp_path / "shipped")
+    return tmp_path / "shipped"
 
 
 @pytest.fixture
@@ -74,6 +81,18 @@ def test_what_is_not_there_is_said_with_what_is(package: Path, tmp_path: Path) -
     install(package, tmp_path / "models", "liver")
     with pytest.raises(InputError, match=r"no model package spleen.*\(liver\)"):
         find_package("spleen", tmp_path / "models")
+
+
+def test_a_shipped_one_is_found_by_name_and_an_installed_one_takes_its_place(
+    package: Path, shipped: Path, tmp_path: Path
+) -> None:
+    assert at_hand(tmp_path / "models") == {}
+    install(package, shipped, "liver")
+    assert find_package("liver", tmp_path / "models") == shipped / "liver"
+    install(package, tmp_path / "models", "aorta")
+    assert list(at_hand(tmp_path / "models")) == ["aorta", "liver"]
+    place = install(package, tmp_path / "models", "liver")
+    assert find_package("liver", tmp_path / "models") == place
 
 
 def test_a_zip_has_the_same_bytes_each_time_and_nothing_of_others(package: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from medseg.core.errors import InputError
 from medseg.dataset.task import load_task
-from medseg.plan.fingerprint import Fingerprint, fingerprint
+from medseg.plan.fingerprint import Fingerprint, Source, fingerprint
 
 
 def write_task(folder: Path, cases: list[tuple[np.ndarray, np.ndarray, np.ndarray]], channels: int = 1) -> Path:
@@ -122,6 +122,9 @@ def test_it_is_json_and_its_digest_is_of_the_measurements(tmp_path: Path, tiny_t
     text = json.dumps(one.model_dump(mode="json"), allow_nan=False)
     assert Fingerprint.model_validate_json(text) == one
     assert one.model_copy(update={"task": "another"}).digest() != one.digest()
+    # Where the data come from is told, and is no measurement.
+    assert one.source == Source(description="Random ellipsoids", licence="CC0", reference="made up")
+    assert one.model_copy(update={"source": None}).digest() == one.digest()
 
 
 def test_progress_sees_every_case(tmp_path: Path, tiny_task: Any) -> None:
