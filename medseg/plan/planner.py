@@ -24,7 +24,7 @@ from medseg.plan.plan import (
     Three,
     Training,
 )
-from medseg.plan.scale import Chooser, Size, Target
+from medseg.plan.scale import SIZES, Chooser, Size, Target
 
 # Slices this much farther apart than pixels make a volume anisotropic (as in nnU-Net).
 _ANISOTROPIC = 3.0
@@ -147,14 +147,17 @@ def _volumes(
 ) -> Configuration:
     spacing = spacing or _spacing(measured)
     typical = measured.typical_shape(spacing.value)
-    patch, network = _fit(typical, np.array(spacing.value), size.voxels, size, axes=(0, 1, 2))
+    most = size.voxels
+    if size.share < 1:
+        most = min(most, max(SIZES[0].voxels, int(size.share * np.prod(typical))))
+    patch, network = _fit(typical, np.array(spacing.value), most, size, axes=(0, 1, 2))
     whole = "covers the typical case" if (np.array(patch) >= typical).all() else "is as much of it as fits"
     return Configuration(
         dimensions=3,
         spacing=spacing,
         patch=Decision(
             value=patch,
-            reason=f"the typical case has {_size(typical)} voxels; the patch {whole} in {size.voxels}",
+            reason=f"the typical case has {_size(typical)} voxels; the patch {whole} in {most}",
         ),
         batch=Decision(value=2, reason="the smallest batch, in favour of the largest patch"),
         network=network,

@@ -67,8 +67,8 @@ def test_small_and_isotropic_as_the_hippocampus_is(machine: str) -> None:
     assert c.dimensions == 3
     assert c.slice_axis is None
     assert c.spacing.value == (1, 1, 1)
-    assert c.patch.value == (40, 56, 40)
-    assert "covers the typical case" in c.patch.reason
+    assert c.patch.value == ((32, 32, 40) if machine == "cpu" else (40, 56, 40))
+    assert ("is as much of it as fits" if machine == "cpu" else "covers the typical case") in c.patch.reason
     assert c.network.value.kernels == ((3, 3, 3),) * 4
     assert c.network.value.strides == ((1, 1, 1), *[(2, 2, 2)] * 3)
     assert c.network.value.features == ((16, 32, 64, 128) if machine == "cpu" else (32, 64, 128, 256))
@@ -111,7 +111,7 @@ def test_a_large_ct_is_seen_in_cubes() -> None:
 
 
 def test_eight_slices() -> None:
-    c = alike((64, 64, 8), (1, 1, 1)).configurations["3d"]
+    c = alike((64, 64, 8), (1, 1, 1), "gpu").configurations["3d"]
     assert c.patch.value == (64, 64, 8)
     assert c.network.value.divisor == (16, 16, 2)
     assert set(c.network.value.kernels) == {(3, 3, 3)}
@@ -227,12 +227,12 @@ def test_a_day_on_a_large_gpu_plans_for_more_than_minutes_on_two_cores() -> None
 
 def test_few_steps_make_the_network_narrower_before_the_patch_smaller() -> None:
     long, short, shortest = (
-        alike(*CT, Target(budgets={"": seconds})).configurations["3d"] for seconds in (900.0, 100.0, 5.0)
+        alike(*CT, Target(budgets={"": seconds})).configurations["3d"] for seconds in (7200.0, 400.0, 5.0)
     )
     assert long.patch.value == short.patch.value == (48, 48, 48)
     assert (long.network.value.features[0], short.network.value.features[0]) == (16, 8)
     assert np.prod(shortest.patch.value) < 48**3
-    assert "200 steps fit" in (long.steps.reason if long.steps else "")
+    assert "1500 steps fit" in (long.steps.reason if long.steps else "")
 
 
 def test_more_steps_than_teach_anything_are_not_planned() -> None:
@@ -343,7 +343,7 @@ def test_where_a_step_runs_out_of_memory_the_next_smaller_one_is_taken() -> None
 
 def test_one_case_gives_a_plan() -> None:
     decided = alike((35, 50, 35), (1, 1, 1), cases=1)
-    assert decided.configurations["3d"].patch.value == (40, 56, 40)
+    assert decided.configurations["3d"].patch.value == (32, 32, 40)
     assert decided.training.augmentation.value.mirror == ()
 
 
