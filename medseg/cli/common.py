@@ -17,7 +17,7 @@ from medseg.core.errors import InputError
 if TYPE_CHECKING:
     from medseg.core.progress import Progress
     from medseg.dataset.split import Fold
-    from medseg.dataset.task import Task
+    from medseg.dataset.task import Case, Task
     from medseg.plan.fingerprint import Fingerprint
     from medseg.plan.plan import Plan
 
@@ -168,6 +168,10 @@ class RunFolder:
         """Preprocessed cases of a configuration."""
         return self.path / configuration / "preprocessed"
 
+    def unlabelled(self, configuration: str) -> Path:
+        """Likewise the scans without labels, where the plan learns from them."""
+        return self.path / configuration / "unlabelled"
+
     def fold(self, configuration: str, fold: int) -> Path:
         """What a fold gives: model, log, predictions, metrics."""
         return self.path / configuration / f"fold{fold}"
@@ -214,6 +218,22 @@ class RunFolder:
         from medseg.dataset.split import read_folds
 
         return read_folds(self.folds_file, task)
+
+
+def unlabelled_cases(task: Task) -> tuple[Case, ...]:
+    """The scans that a task lists under ``test``. Raises InputError where there are none, and where one is
+    a training case too, and so not unseen where that is held out."""
+    if not task.test:
+        raise InputError(
+            f"task {task.name} lists no scans without labels",
+            'List them in dataset.json under "test", or plan without --unlabelled',
+        )
+    ids = [case.id for case in task.test]
+    if twice := sorted({case.id for case in task.cases} & set(ids)) or sorted({i for i in ids if ids.count(i) > 1}):
+        raise InputError(
+            "it is listed twice in dataset.json, at least once under test", "List it in one place", case=twice[0]
+        )
+    return task.test
 
 
 def table(rows: list[list[str]], right: Iterable[int] = ()) -> str:

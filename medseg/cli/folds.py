@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from medseg.dataset.split import Fold
     from medseg.dataset.task import Task
     from medseg.models.package import ModelPackage
+    from medseg.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def all_folds(
     how += ("--mlflow", mlflow) if mlflow else ()
     begun = load_package(start).digest() if start else None
     for name in names:
-        if not _preprocessed(folder, plan.preparation(name), name):
+        if not _preprocessed(folder, plan, name):
             _run("preprocess", str(run), "-c", name, *cores)
         for number, cases in enumerate(folder.folds(task)):
             fold = FoldFolder(folder, name, number, cases)
@@ -161,11 +162,14 @@ def _of(package: ModelPackage) -> tuple[str, Any, Any]:
     return package.plan.digest(), package.provenance.get("seed"), package.provenance.get("start")
 
 
-def _preprocessed(folder: RunFolder, preparation: str, configuration: str) -> bool:
+def _preprocessed(folder: RunFolder, plan: Plan, configuration: str) -> bool:
     from medseg.io.store import CaseStore
 
+    stores = [folder.store(configuration)]
+    stores += [folder.unlabelled(configuration)] if plan.training.wants_unlabelled else []
     try:
-        CaseStore(folder.store(configuration)).require(preparation, configuration)
+        for store in stores:
+            CaseStore(store).require(plan.preparation(configuration), configuration)
     except InputError:
         return False
     return True

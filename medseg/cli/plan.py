@@ -16,6 +16,7 @@ from medseg.cli.common import (
     progress,
     seed_option,
     threads_option,
+    unlabelled_cases,
     use_sleeping_threads,
 )
 
@@ -59,6 +60,12 @@ _FREE_SHARE, _GPU_SHARE = 0.8, 0.95
 @click.option(
     "--optional-channel", "optional", metavar="NAME", multiple=True, help="A channel that scans may lack; repeatable."
 )
+@click.option(
+    "--unlabelled",
+    type=click.Choice(["pretrain", "teacher"]),
+    multiple=True,
+    help="Learn from the scans that TASK lists under test too: by pretraining, by a mean teacher; repeatable.",
+)
 @seed_option
 def plan(
     task: Path,
@@ -73,6 +80,7 @@ def plan(
     measure: bool,
     threads: int | None,
     optional: tuple[str, ...],
+    unlabelled: tuple[str, ...],
     seed: int,
 ) -> None:
     """Measure TASK and decide how to train on it.
@@ -88,15 +96,20 @@ def plan(
     from medseg.plan.fingerprint import fingerprint
     from medseg.plan.plan import write_plan
     from medseg.plan.planner import plan as make_plan
+    from medseg.plan.unlabelled import Unlabelled
 
     loaded = load_task(task)
+    scans = len(unlabelled_cases(loaded)) if unlabelled else 0
+    wanted = Unlabelled(scans, pretrain="pretrain" in unlabelled, teacher="teacher" in unlabelled)
     run = RunFolder(new_folder(output, holds="run.json"))
     _require_same_task(run, loaded.name)
     measured = fingerprint(loaded, progress=progress("measure"))
     at_hand = measure and (kind == "cpu" or _this_machine() == "gpu")
     target = _target(kind, dict(budget), steps, gpu_memory if kind == "gpu" else memory, at_hand)
     meter = _meter(kind, threads or available_cores()) if at_hand else None
-    decided = make_plan(measured, loaded.labels, target, meter=meter, optional_channels=optional)
+    decided = make_plan(measured, loaded.labels, wanted.leaves(target), meter=meter, optional_channels=optional)
+    if unlabelled:
+        decided = wanted.decided(decided, len(loaded.cases), target)
     if splits:
         dealt = read_folds(splits, loaded)
         if found := leaks(loaded, dealt):

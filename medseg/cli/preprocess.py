@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from medseg.cli.common import FOLDER, RunFolder, available_cores, configuration_option, progress, threads_option
+from medseg.cli.common import (
+    FOLDER,
+    RunFolder,
+    available_cores,
+    configuration_option,
+    progress,
+    threads_option,
+    unlabelled_cases,
+)
+
+if TYPE_CHECKING:
+    from medseg.core.volume import Volume
+    from medseg.dataset.task import Case
+    from medseg.io.store import CaseStore
 
 # Voxels of each structure that training may centre a patch on; more would not make it more varied.
 _PLACES = 20_000
@@ -18,38 +33,67 @@ _PLACES = 20_000
 @configuration_option
 @threads_option
 def preprocess(run: Path, configuration: str, threads: int | None) -> None:
-    """Bring every training case of RUN onto the network's grid and normalise it."""
+    """Bring every training case of RUN onto the network's grid and normalise it.
+
+    Where the plan learns from scans without labels, those that the task lists under test too.
+    """
     import numpy as np
 
     from medseg.core.errors import InputError
     from medseg.core.resample import resample
-    from medseg.dataset.task import Case, load_case
-    from medseg.io.files import new_folder
-    from medseg.io.store import INDEX, CaseStore
+    from medseg.dataset.task import load_case, load_image
     from medseg.preprocess.regrid import preprocess as preprocess_volume
 
     folder = RunFolder(run)
     task, plan = folder.task(), folder.plan()
     chosen = plan.configuration(configuration)
-    path = new_folder(folder.store(configuration), holds=INDEX)
-    (path / INDEX).unlink(missing_ok=True)
-    store = CaseStore(path)
+    scans = unlabelled_cases(task) if plan.training.wants_unlabelled else ()
 
-    def one(case: Case) -> None:
-        volume, labels = load_case(task, case)
+    def prepared(volume: Volume, case: Case) -> Volume:
         try:
-            prepared = preprocess_volume(volume, plan, chosen)
+            return preprocess_volume(volume, plan, chosen)
         except InputError as error:
             raise error.of_case(case.id) from None
-        regridded = resample(labels, onto=prepared.grid).values
+
+    def labelled(store: CaseStore, case: Case) -> None:
+        volume, labels = load_case(task, case)
+        image = prepared(volume, case)
+        regridded = resample(labels, onto=image.grid).values
         places = {}
         for number in plan.label_set.numbers:
             where = np.flatnonzero(regridded == number)
             places[number] = where[:: max(1, len(where) // _PLACES)]
-        store.write(case.id, prepared.values, regridded, places)
+        store.write(case.id, image.values, regridded, places)
 
-    with ThreadPoolExecutor(threads or available_cores()) as pool:
-        for _ in progress("preprocess")(pool.map(one, task.cases), len(task.cases)):
+    def unlabelled(store: CaseStore, case: Case) -> None:
+        store.write(case.id, prepared(load_image(task, case), case).values, None, {})
+
+    def fill(path: Path, cases: Sequence[Case], one: Callable[[CaseStore, Case], None]) -> None:
+        _fill(path, cases, one, plan.preparation(configuration), configuration, threads or available_cores())
+
+    if scans:
+        fill(folder.unlabelled(configuration), scans, unlabelled)
+        click.echo(f"{len(scans)} scans without labels in {folder.unlabelled(configuration)}")
+    fill(folder.store(configuration), task.cases, labelled)
+    click.echo(f"{len(task.cases)} cases in {folder.store(configuration)}")
+
+
+def _fill(
+    path: Path,
+    cases: Sequence[Case],
+    one: Callable[[CaseStore, Case], None],
+    preparation: str,
+    configuration: str,
+    threads: int,
+) -> None:
+    """A store of the cases, written one by one; its index last."""
+    from medseg.io.files import new_folder
+    from medseg.io.store import INDEX, CaseStore
+
+    new_folder(path, holds=INDEX)
+    (path / INDEX).unlink(missing_ok=True)
+    store = CaseStore(path)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in progress("preprocess")(pool.map(lambda case: one(store, case), cases), len(cases)):
             pass
-    store.finish(tuple(case.id for case in task.cases), plan.preparation(configuration), configuration)
-    click.echo(f"{len(task.cases)} cases in {store.folder}")
+    store.finish(tuple(case.id for case in cases), preparation, configuration)

@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,9 +20,16 @@ from medseg.cli.common import (
     device_option,
     seed_option,
     threads_option,
+    unlabelled_cases,
     use_cores,
 )
 from medseg.cli.folds import all_folds as every_fold
+
+if TYPE_CHECKING:
+    from medseg.dataset.task import Task
+    from medseg.io.store import StoredCase
+    from medseg.models.package import ModelPackage
+    from medseg.plan.plan import Plan
 
 # Cases predicted whole, now and then, while training; and those on which engines are compared.
 _VALIDATED, _COMPARED = 8, 3
@@ -112,6 +120,7 @@ def train(
     from medseg.train.calibrate import calibration_of
     from medseg.train.loop import Progress, Setup, fitting
     from medseg.train.loop import train as train_network
+    from medseg.train.pretrain import pretrain
     from medseg.train.ranks import Ranks
 
     folder = RunFolder(run)
@@ -124,6 +133,7 @@ def train(
     trained = experience(folder.fingerprint(), chosen.train, plan.label_set)
     store = CaseStore(folder.store(configuration))
     store.require(plan.preparation(configuration), configuration)
+    unlabelled = _unlabelled(folder, configuration, plan, task, chosen.validation)
     output = folder.fold(configuration, fold)
     ranks = Ranks.of_torchrun()
     if ranks.first:
@@ -157,18 +167,28 @@ def train(
     with _asked() as asked, tqdm(desc=f"train {configuration} fold {fold}", disable=quiet, unit="step") as bar:
 
         def show(now: Progress) -> None:
+            before = "" if now.phase == "training" else f"{now.phase}: "
+            bar.set_description(f"{now.phase} {configuration} fold {fold}", refresh=False)
             bar.total = now.steps
             bar.update(now.step - bar.n)
             dice = "-" if now.dice is None else f"{now.dice:.3f}"
             bar.set_postfix(loss=f"{now.loss:.3f}", dice=dice, refresh=False)
             if quiet and ranks.first and (now.step % plan.training.steps_per_epoch == 0 or now.step == now.steps):
-                click.echo(f"step {now.step}/{now.steps} loss {now.loss:.3f} dice {dice} {now.seconds_left:.0f} s left")
+                click.echo(
+                    f"{before}step {now.step}/{now.steps} loss {now.loss:.3f} dice {dice} {now.seconds_left:.0f} s left"
+                )
 
+        watching: Any = {"progress": show, "stop": asked.is_set, "ranks": ranks}
+        first = begun
+        if plan.training.pretraining:
+            first = pretrain(plan, setup, store, log, unlabelled, start=begun, **watching)
         package, records = train_network(
-            plan, setup, store, log, validation=validation, progress=show, stop=asked.is_set, ranks=ranks, start=begun
+            plan, setup, store, log, unlabelled=unlabelled, validation=validation, start=first, **watching
         )
     if not ranks.first:
         return
+    if first is not begun and first is not None:
+        package = replace(package, provenance=_pretrained(package, first))
     calibration = calibration_of(
         package,
         lambda case: load_case(task, task.case(case)),
@@ -199,6 +219,37 @@ def train(
             click.echo(
                 f"{name} gives other labels than torch (Dice {found.least_dice:.4f}) and is not used unless asked for"
             )
+
+
+def _unlabelled(
+    folder: RunFolder, configuration: str, plan: Plan, task: Task, held_out: Sequence[str]
+) -> list[StoredCase]:
+    """The unlabelled cases that the plan wants, but for those of a subject that has a held-out case.
+    Raises InputError where they were not preprocessed, or none is left."""
+    from medseg.core.errors import InputError
+    from medseg.io.store import CaseStore
+
+    if not plan.training.wants_unlabelled:
+        return []
+    scans = {case.id: case.subject for case in unlabelled_cases(task)}
+    store = CaseStore(folder.unlabelled(configuration))
+    store.require(plan.preparation(configuration), configuration)
+    if set(scans) != set(store.cases()):
+        raise InputError(f"{store.folder} holds other scans than dataset.json lists", "Run `medseg preprocess` again")
+    seen = {task.case(case).subject for case in held_out}
+    if found := [store.read(case) for case, subject in scans.items() if subject not in seen]:
+        return found
+    raise InputError(
+        f"each scan without labels of {task.name} is of a subject that is held out", "Plan without --unlabelled"
+    )
+
+
+def _pretrained(package: ModelPackage, first: ModelPackage) -> dict[str, Any]:
+    """The package's provenance with that of what it started from; ``start`` is what was named by --from."""
+    before = {name: first.provenance[name] for name in ("steps", "seconds")}
+    before["digest"] = first.digest()
+    made = package.provenance | {"start": first.provenance["start"], "pretrained": before}
+    return {**made, "unlabelled": first.provenance["unlabelled"]}
 
 
 def _refuse_torchrun() -> None:

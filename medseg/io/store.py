@@ -89,12 +89,22 @@ class Blocks:
 @dataclass(frozen=True)
 class StoredCase:
     """``image`` (C, X, Y, Z) float16 and ``labels`` (X, Y, Z) on the network's grid, read as they are
-    sliced; ``places`` holds, per label number, flat indices of voxels that have it."""
+    sliced; ``places`` holds, per label number, flat indices of voxels that have it. An unlabelled case
+    has None for labels, and no places."""
 
     id: str
     image: Blocks | NDArray[Any]
-    labels: Blocks | NDArray[Any]
+    labels: Blocks | NDArray[Any] | None
     places: Mapping[int, NDArray[np.int64]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along X, Y, Z."""
+        return self.image.shape[1:]
+
+    def unlabelled(self) -> StoredCase:
+        """The same without what is known of it."""
+        return StoredCase(self.id, self.image, None, {})
 
 
 class CaseStore:
@@ -103,12 +113,15 @@ class CaseStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, case: str, image: Any, labels: Any, places: Mapping[int, NDArray[Any]]) -> None:
-        """Write a case's image (C, X, Y, Z), labels (X, Y, Z) and places; each of its three files
-        atomically."""
+    def write(self, case: str, image: Any, labels: Any | None, places: Mapping[int, NDArray[Any]]) -> None:
+        """Write a case's image (C, X, Y, Z), labels (X, Y, Z), None where it has none, and places; each of
+        its files atomically."""
         about: dict[str, NDArray[Any]] = {str(number): np.asarray(where, np.int64) for number, where in places.items()}
-        about["shape"] = np.array(np.shape(labels))
-        for name, values in (("image", np.asarray(image, dtype=np.float16)), ("labels", np.asarray(labels))):
+        arrays = {"image": np.asarray(image, dtype=np.float16)}
+        if labels is not None:
+            arrays["labels"] = np.asarray(labels)
+        about["shape"] = np.array(arrays["image"].shape[1:])
+        for name, values in arrays.items():
             with atomic(self.folder / f"{case}.{name}.npy") as file:
                 about[name] = _write_blocks(file, values)
         packed = io.BytesIO()
@@ -121,6 +134,10 @@ class CaseStore:
         write_json(
             self.folder / INDEX, {"format": 2, "plan": plan, "configuration": configuration, "cases": list(cases)}
         )
+
+    def cases(self) -> tuple[str, ...]:
+        """The ids that the index lists."""
+        return tuple(read_json(self.folder / INDEX, _REMEDY)["cases"])
 
     def require(self, plan: str, configuration: str) -> None:
         """InputError unless the store is whole and was made by this plan and configuration."""
@@ -136,7 +153,8 @@ class CaseStore:
             with (self.folder / f"{case}.places.npz").open("rb") as file, np.load(file, allow_pickle=False) as packed:
                 about = {name: packed[name] for name in packed.files}
             shape = tuple(int(n) for n in about.pop("shape"))
-            labels = self._blocks(f"{case}.labels.npy", (), shape, about.pop("labels"))
+            sums = about.pop("labels", None)
+            labels = None if sums is None else self._blocks(f"{case}.labels.npy", (), shape, sums)
             image = self._blocks(f"{case}.image.npy", (-1,), shape, about.pop("image"))
             places = {int(name): where for name, where in about.items()}
         except (OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile) as error:

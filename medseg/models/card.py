@@ -66,6 +66,9 @@ def _data(package: ModelPackage) -> Iterator[str]:
         yield f"- trained on {len(package.trained_on)} cases; {len(package.held_out)} more were seen by no network"
     elif package.provenance.get("training_cases"):
         yield f"- trained on {package.provenance['training_cases']} cases"
+    made = package.provenance
+    if scans := {scan for one in (made, *made.get("folds", {}).values()) for scan in one.get("unlabelled", ())}:
+        yield f"- learnt from {len(scans)} scans without labels too; a score on these would say too much"
 
 
 def _source(package: ModelPackage) -> Source:

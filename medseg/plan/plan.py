@@ -223,6 +223,12 @@ class Training(Strict):
     ``class_share``: of the patches that are centred on a structure, so many draw the structure first
     and then a case that has it, so that one in a case of a hundred is seen as often as any. ``loss``
     names one of `medseg.train.loss`. Voxels with the number ``ignore_label`` count for nothing.
+
+    Two ways to learn from scans without labels, those that the task lists under ``test``.
+    ``pretraining``: before a run, and for so many times its steps, the network learns to fill in what is
+    hidden of a scan. ``consistency``: beside the labelled patches of each step come as many unlabelled
+    ones, of which it is to say what the average of its weights, a mean teacher, says; the difference
+    weighs so much at the most.
     """
 
     learning_rate: Decision[Annotated[float, Field(gt=0, lt=1)]]
@@ -235,6 +241,13 @@ class Training(Strict):
         "dice-cross-entropy"
     )
     ignore_label: Annotated[int, Field(ge=1, le=65_535)] | None = _unless(None)
+    pretraining: Decision[Annotated[float, Field(gt=0, le=100)]] | None = _unless(None)
+    consistency: Decision[Annotated[float, Field(gt=0, le=1000)]] | None = _unless(None)
+
+    @property
+    def wants_unlabelled(self) -> bool:
+        """Whether it learns from scans without labels too."""
+        return self.pretraining is not None or self.consistency is not None
 
 
 class Region(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -39,7 +40,8 @@ class Batches:
 
     A batch depends on the seed and the step alone; each of several ``ranks`` makes its share of it.
     Cases are kept on the device once they are read where all of them fit there, else in memory, else
-    read in part each time.
+    read in part each time; they may take a share ``room`` of what a run's cases may. Of unlabelled cases
+    every voxel's class is `IGNORED`.
     """
 
     def __init__(
@@ -50,31 +52,40 @@ class Batches:
         seed: int,
         device: torch.device,
         ranks: Ranks = ALONE,
+        room: float = 1.0,
     ) -> None:
         self.plan, self.configuration, self.cases, self.seed, self.device = plan, configuration, cases, seed, device
-        self._share, self._rank = ranks.share(configuration.batch.value), ranks.rank
+        self.share, self._rank = ranks.share(configuration.batch.value), ranks.rank
         self._holders = holders(cases)
         self._class_of = _classes(plan)
         self._as_they_are = np.array_equal(self._class_of[:-1], np.arange(len(self._class_of) - 1))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        size = sum(case.image.nbytes + 2 * case.labels.size for case in cases)
-        self._on_device = device.type == "cuda" and size <= _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
-        self._keep = self._on_device or size <= _RAM_SHARE * free_memory()
+        size = sum(case.image.nbytes + 2 * math.prod(case.shape) for case in cases)
+        self._on_device = device.type == "cuda" and size <= room * _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+        self._keep = self._on_device or size <= room * _RAM_SHARE * free_memory()
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (B, C, *patch) float32 and classes (B, *patch) int64, `IGNORED` where the plan ignores
         a label; 2D patches without their slice axis. Raises InputError naming a case that cannot be
         read or that holds a label which the plan does not know."""
+        images, classes, variations = self.moved(step)
+        return self.changed(step, images, classes, variations), classes
+
+    def moved(self, step: int) -> tuple[Tensor, Tensor, list[Variation]]:
+        """The batch before its intensities are changed, and how they are to be."""
         batch, flat = self.configuration.batch.value, self.configuration.slice_axis
-        drawn = [self._draw(step * batch + i) for i in self._share]
+        drawn = [self._draw(step * batch + i) for i in self.share]
         variations = [variation for _, variation in drawn]
         images, classes, middles = self._boxes(drawn)
         if flat is not None:
             images, classes = images.squeeze(2 + flat), classes.squeeze(1 + flat)
         images, classes = (values.to(self.device, non_blocking=True) for values in (images, classes))
-        images, classes = move(images, classes, middles, variations, self.configuration)
+        return *move(images, classes, middles, variations, self.configuration), variations
+
+    def changed(self, step: int, images: Tensor, classes: Tensor, variations: list[Variation]) -> Tensor:
+        """What `moved` gave with its intensities changed, in place."""
         noise = int(np.random.default_rng([self.seed, 2, step, self._rank]).integers(2**62))
-        return change(images, classes, variations, self.configuration, noise), classes
+        return change(images, classes, variations, self.configuration, noise)
 
     def _draw(self, number: int) -> tuple[Place, Variation]:
         rng = np.random.default_rng([self.seed, 0, number])
@@ -113,7 +124,7 @@ class Batches:
         self, image: Tensor, classes: Tensor, number: int, low: NDArray[np.int64], shape: NDArray[np.int64]
     ) -> None:
         """Copy the part of a case that lies within a box."""
-        size = np.array(self.cases[number].labels.shape)
+        size = np.array(self.cases[number].shape)
         first, last = np.maximum(low, 0), np.minimum(low + shape, size)
         if (last <= first).any():
             return
@@ -138,6 +149,8 @@ class Batches:
         case = self.cases[number]
         try:
             image = np.require(case.image[(slice(None), *box)], requirements="W")  # as torch wants it
+            if case.labels is None:
+                return torch.from_numpy(image), torch.tensor(IGNORED, dtype=torch.int16).expand(image.shape[1:])
             labels = np.asarray(case.labels[box])
         except (OSError, ValueError) as error:
             raise InputError(f"its preprocessed files cannot be read ({error})", _REMEDY, case=case.id) from None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from medseg.infer.budget import free_memory
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
-from medseg.io.store import CaseStore
+from medseg.io.store import CaseStore, StoredCase
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.cost import require_room
@@ -31,6 +31,7 @@ from medseg.train.batches import Batches, Feed
 from medseg.train.loss import loss_of, supervised
 from medseg.train.picture import Rgb, picture, side_by_side
 from medseg.train.ranks import ALONE, Ranks
+from medseg.train.teacher import TaughtBatches, answered, beside
 
 _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS, _PICTURED = 10, 4
@@ -46,7 +47,10 @@ _RECKONING = 1.2
 _TAMED = 0.5
 
 
-Loss = Callable[[Tensor | list[Tensor], Tensor], Tensor]
+# Of what the network answers and the batch's targets.
+Loss = Callable[[Tensor | list[Tensor], Any], Tensor]
+# Targets with what only the averaged weights can add to them, at a share of the run.
+Ask = Callable[[nn.Module, Any, float], Any]
 
 
 class StoppedError(MedsegError):
@@ -70,15 +74,42 @@ class Setup:
     deterministic: bool = False
 
 
+class Feeding(Protocol):
+    """Images and targets of each step, on a device; see `Batches`."""
+
+    device: torch.device
+
+    def __call__(self, step: int) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run teaches. ``phase`` names it; the network has so many ``outputs``, of which and the
+    targets of ``batches`` (completed by ``ask``, where there is something to ask) the ``loss`` is made.
+    ``identity`` is all that the weights follow from; ``check`` tells how good they are, and shows it."""
+
+    phase: str
+    plan: Plan
+    configuration: Configuration
+    outputs: int
+    batches: Feeding
+    loss: Loss
+    identity: dict[str, Any]
+    ask: Ask | None = None
+    check: Callable[[nn.Module], tuple[dict[str, Any], Rgb]] | None = None
+
+
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: for whoever watches. ``dice`` is that of the last validation."""
+    """Where a run is: for whoever watches. ``dice`` is that of the last validation; ``phase`` says
+    whether it is training or what comes before."""
 
     step: int
     steps: int
     loss: float
     dice: float | None
     seconds_left: float
+    phase: str = "training"
 
 
 def train(
@@ -87,6 +118,7 @@ def train(
     store: CaseStore,
     log: RunLog,
     *,
+    unlabelled: Sequence[StoredCase] = (),
     validation: Sequence[tuple[str, Volume, LabelMap]] = (),
     progress: Callable[[Progress], None] = lambda now: None,
     stop: Callable[[], bool] = lambda: False,
@@ -102,12 +134,48 @@ def train(
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
     predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
     step. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
-    to begin with, as far as they are `fitting`.
+    to begin with, as far as they are `fitting`. A plan that has a mean teacher needs ``unlabelled`` cases.
 
     A loss that is no number brings the run back to its last checkpoint, to go on at half the learning
     rate, once. Raises MedsegError where that happens again, or another run has the same place, and
     `StoppedError`, with a checkpoint written, where it was asked to.
     """
+    device, configuration, cases = prepare(plan, setup, store, ranks)
+    taught = plan.training.consistency
+    if taught and not unlabelled:
+        raise InputError("the plan has a mean teacher, and there are no unlabelled cases", "Run `medseg preprocess`")
+    require_fit(plan, configuration, plan.outputs, device, ranks, times=2 if taught else 1)
+    make = partial(Batches, plan, configuration, device=device, ranks=ranks)
+    course = Course(
+        phase="training",
+        plan=plan,
+        configuration=configuration,
+        outputs=plan.outputs,
+        batches=TaughtBatches(make, cases, unlabelled, setup.seed) if taught else make(cases, setup.seed),
+        loss=beside(plan) if taught else loss_of(plan),
+        ask=partial(answered, plan) if taught else None,
+        identity=identity_of(plan, setup, ranks, start, unlabelled if taught else ()),
+        check=(lambda network: validate(network, validation, plan, setup.configuration, device))
+        if validation
+        else None,
+    )
+    learner, records = run(course, setup, log, device, progress=progress, stop=stop, ranks=ranks, start=start)
+    package = ModelPackage(
+        plan=plan,
+        configuration_name=setup.configuration,
+        members=(learner.learnt(),),
+        trained_on=setup.train,
+        held_out=setup.held_out,
+        provenance=provenance(learner, course, setup, device),
+    )
+    return package, records
+
+
+def prepare(
+    plan: Plan, setup: Setup, store: CaseStore, ranks: Ranks
+) -> tuple[torch.device, Configuration, list[StoredCase]]:
+    """The device, made ready, the configuration and the labelled cases. Raises InputError for a plan that
+    cannot be trained, for a store of another one, and for a fold without cases."""
     torch.set_num_threads(setup.threads)
     device = ranks.device(pick_device(setup.device))
     _repeatable(setup.deterministic, device)
@@ -120,10 +188,14 @@ def train(
     cases = [store.read(case) for case in setup.train]
     if not cases:
         raise InputError(f"fold {setup.fold} has no case to train on", "Correct folds.json")
-    _require_room(plan, configuration, device, ranks)
-    batches = Batches(plan, configuration, cases, setup.seed, device, ranks)
-    steps, every = configuration.steps.value, plan.training.steps_per_epoch
-    identity = {
+    return device, configuration, cases
+
+
+def identity_of(
+    plan: Plan, setup: Setup, ranks: Ranks, start: ModelPackage | None, unlabelled: Sequence[StoredCase] = ()
+) -> dict[str, Any]:
+    """All that a run's weights follow from."""
+    return {
         "format": 2,
         "plan": plan.digest(),
         "configuration": setup.configuration,
@@ -132,17 +204,55 @@ def train(
         "train": list(setup.train),
         "ranks": ranks.count,
         "start": start.digest() if start else None,
+        **({"unlabelled": [case.id for case in unlabelled]} if unlabelled else {}),
     }
+
+
+def provenance(learner: Learner, course: Course, setup: Setup, device: torch.device) -> dict[str, Any]:
+    """How the weights came to be, for whoever reads the package."""
+    identity = course.identity
+    return {
+        "versions": versions(),
+        "seed": setup.seed,
+        "fold": setup.fold,
+        "device": device.type,
+        "threads": setup.threads,
+        "ranks": identity["ranks"],
+        "deterministic": setup.deterministic or device.type == "cpu",
+        "steps": learner.step,
+        "setbacks": learner.setbacks,
+        "start": identity["start"],
+        "seconds": round(learner.seconds, 1),
+        "plan": identity["plan"],
+        **({"unlabelled": identity["unlabelled"]} if "unlabelled" in identity else {}),
+    }
+
+
+def run(
+    course: Course,
+    setup: Setup,
+    log: RunLog,
+    device: torch.device,
+    *,
+    progress: Callable[[Progress], None],
+    stop: Callable[[], bool],
+    ranks: Ranks,
+    start: ModelPackage | None,
+) -> tuple[Learner, tuple[dict[str, Any], ...]]:
+    """Take a course from its last checkpoint, or from the beginning, to its end; see `train`."""
+    plan, configuration, identity = course.plan, course.configuration, course.identity
+    assert configuration.steps is not None  # noqa: S101 - `prepare` has seen to it
+    steps, every = configuration.steps.value, plan.training.steps_per_epoch
     log = log.of(digest(identity)[:12])
     with log.alone(ranks.first):
-        fresh = partial(Learner.fresh, plan, configuration, setup.seed, device, ranks, start)
+        fresh = partial(Learner.fresh, course, setup.seed, device, ranks, start)
         learner = fresh()
         learner.take_up(log, identity)
         begun = saved = time.perf_counter()
         started, done = begun - learner.seconds, 0
         last_dice: float | None = None
         while learner.step < steps:
-            for losses in learner.stretches(batches, steps, every):
+            for losses in learner.stretches(course, steps, every):
                 if not all(map(math.isfinite, losses)):
                     learner = learner.gone_back(log, identity, fresh(), losses)
                     break
@@ -152,6 +262,7 @@ def train(
                 ended, validated = learner.step == steps, False
                 if learner.step % every == 0 or ended:
                     record: dict[str, Any] = {
+                        "phase": course.phase,
                         "step": learner.step,
                         "steps": steps,
                         "seconds": round(learner.seconds, 2),
@@ -159,9 +270,9 @@ def train(
                         "learning_rate": learner.rate,
                     }
                     learner.recent = []
-                    validated = bool(validation) and (ended or _due(learner.step, steps, every))
-                    if validated and ranks.first:
-                        scores, image = validate(learner.average, validation, plan, setup.configuration, device)
+                    validated = course.check is not None and (ended or _due(learner.step, steps, every))
+                    if validated and course.check and ranks.first:
+                        scores, image = course.check(learner.average)
                         record |= scores
                         last_dice = scores["dice"]
                         log.picture(learner.step, image)
@@ -173,35 +284,14 @@ def train(
                     saved = time.perf_counter()
                 done += len(losses)
                 left = (time.perf_counter() - begun) / done * (steps - learner.step)
-                progress(Progress(learner.step, steps, losses[-1], last_dice, left))
+                progress(Progress(learner.step, steps, losses[-1], last_dice, left, course.phase))
                 if stopping and not ended:
                     raise StoppedError(
-                        f"stopped at step {learner.step} of {steps}; the same command goes on from there"
+                        f"{course.phase} stopped at step {learner.step} of {steps}; the same command goes on from there"
                     )
         records = tuple(log.records())
         log.close()
-    package = ModelPackage(
-        plan=plan,
-        configuration_name=setup.configuration,
-        members=({name: tensor.detach().cpu() for name, tensor in learner.average.state_dict().items()},),
-        trained_on=setup.train,
-        held_out=setup.held_out,
-        provenance={
-            "versions": versions(),
-            "seed": setup.seed,
-            "fold": setup.fold,
-            "device": device.type,
-            "threads": setup.threads,
-            "ranks": ranks.count,
-            "deterministic": setup.deterministic or device.type == "cpu",
-            "steps": learner.step,
-            "setbacks": learner.setbacks,
-            "start": identity["start"],
-            "seconds": round(learner.seconds, 1),
-            "plan": plan.digest(),
-        },
-    )
-    return package, records
+    return learner, records
 
 
 @dataclass
@@ -225,8 +315,7 @@ class Learner:
     @classmethod
     def fresh(
         cls,
-        plan: Plan,
-        configuration: Configuration,
+        course: Course,
         seed: int,
         device: torch.device,
         ranks: Ranks,
@@ -234,7 +323,8 @@ class Learner:
     ) -> Learner:
         """One that has learnt nothing yet, or what ``start`` has."""
         torch.manual_seed(seed)
-        network = build(configuration, len(plan.channels), plan.outputs)
+        plan = course.plan
+        network = build(course.configuration, len(plan.channels), course.outputs)
         if start:
             network.load_state_dict(fitting(start, network)[0], strict=False)
         network = network.to(device)
@@ -244,18 +334,24 @@ class Learner:
         )
         scaler = torch.amp.GradScaler(device.type, enabled=torch_precision(device) == "f16")
         average = copy.deepcopy(network).eval()
-        return cls(network, average, optimiser, scaler, loss_of(plan), training.learning_rate.value, ranks)
+        return cls(network, average, optimiser, scaler, course.loss, training.learning_rate.value, ranks)
 
-    def stretches(self, batches: Batches, steps: int, every: int) -> Iterator[list[float]]:
+    def learnt(self) -> dict[str, Tensor]:
+        """The averaged weights, by name."""
+        return {name: tensor.detach().cpu() for name, tensor in self.average.state_dict().items()}
+
+    def stretches(self, course: Course, steps: int, every: int) -> Iterator[list[float]]:
         """Train on to the end, giving losses step by step; on a GPU, where to ask for each as it comes
         would keep the next step waiting, some steps at a time, but never across a record."""
-        at_once = 1 if batches.device.type == "cpu" else _LOOKED_AT_ONCE
+        at_once = 1 if course.batches.device.type == "cpu" else _LOOKED_AT_ONCE
         network = self.ranks.wrap(self.network)
-        with Feed(batches, self.step) as feed:
+        with Feed(course.batches, self.step) as feed:
             while self.step < steps:
                 losses = []
                 for _ in range(min(at_once, steps - self.step, every - self.step % every)):
                     images, targets = next(feed)
+                    if course.ask:
+                        targets = course.ask(self.average, targets, self.step / steps)
                     self.rate = self.base_rate * _TAMED**self.setbacks * schedule(self.step / steps)
                     for group in self.optimiser.param_groups:
                         group["lr"] = self.rate
@@ -344,7 +440,7 @@ def train_step(
     network: nn.Module,
     optimiser: torch.optim.Optimizer,
     images: Tensor,
-    targets: Tensor,
+    targets: Any,
     loss: Loss = supervised,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
@@ -371,14 +467,17 @@ def train_step(
     return value.detach()
 
 
-def _require_room(plan: Plan, configuration: Configuration, device: torch.device, ranks: Ranks) -> None:
-    """InputError, with what would fit, where the network cannot be trained in the device's free memory."""
-    share = configuration.batch.model_copy(update={"value": len(ranks.share(configuration.batch.value))})
+def require_fit(
+    plan: Plan, configuration: Configuration, outputs: int, device: torch.device, ranks: Ranks, times: int = 1
+) -> None:
+    """InputError, with what would fit, where the network cannot be trained in the device's free memory on
+    ``times`` the plan's batch."""
+    share = configuration.batch.model_copy(update={"value": times * len(ranks.share(configuration.batch.value))})
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     require_room(
         configuration.model_copy(update={"batch": share}),
         len(plan.channels),
-        plan.outputs,
+        outputs,
         int(_RECKONING * free),
         kind="gpu" if device.type == "cuda" else "cpu",
         half=torch_precision(device) != "f32",

@@ -54,7 +54,7 @@ def draw_place(
     if wanted and of_class and rng.random() < class_share:
         structure = sorted(of_class)[rng.integers(len(of_class))]
         case = of_class[structure][int(rng.integers(len(of_class[structure])))]
-    shape = cases[case].labels.shape
+    shape = cases[case].shape
     places = {number: where for number, where in cases[case].places.items() if len(where)}
     if wanted and places:
         if structure is None:
