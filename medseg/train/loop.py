@@ -26,7 +26,7 @@ from medseg.io.store import CaseStore, StoredCase
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
 from medseg.plan.cost import require_room
-from medseg.plan.plan import Configuration, Plan
+from medseg.plan.plan import Configuration, Plan, Training
 from medseg.train.batches import Batches, Feed
 from medseg.train.loss import loss_of, supervised
 from medseg.train.picture import Rgb, picture, side_by_side
@@ -37,6 +37,7 @@ _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS, _PICTURED = 10, 4
 _CLIP = 12.0
 _EMA = 0.999
+_MOMENTUM = 0.99
 # On a GPU, asking for each loss as it comes would keep the next step waiting.
 _LOOKED_AT_ONCE = 16
 # Less of a network than this is no start: a bias fits by chance.
@@ -329,9 +330,7 @@ class Learner:
             network.load_state_dict(fitting(start, network)[0], strict=False)
         network = network.to(device)
         training = plan.training
-        optimiser = torch.optim.AdamW(
-            network.parameters(), lr=training.learning_rate.value, weight_decay=training.weight_decay.value, fused=True
-        )
+        optimiser = optimiser_of(training, network)
         scaler = torch.amp.GradScaler(device.type, enabled=torch_precision(device) == "f16")
         average = copy.deepcopy(network).eval()
         return cls(network, average, optimiser, scaler, course.loss, training.learning_rate.value, ranks)
@@ -420,6 +419,16 @@ class Learner:
         fresh.take_up(log, identity)
         fresh.setbacks += 1
         return fresh
+
+
+def optimiser_of(training: Training, network: nn.Module) -> torch.optim.Optimizer:
+    """The plan's optimiser of a network's weights."""
+    rate, decay = training.learning_rate.value, training.weight_decay.value
+    if training.optimiser == "sgd":
+        return torch.optim.SGD(
+            network.parameters(), lr=rate, momentum=_MOMENTUM, nesterov=True, weight_decay=decay, fused=True
+        )
+    return torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay, fused=True)
 
 
 def fitting(start: ModelPackage, network: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:

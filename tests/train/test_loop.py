@@ -285,6 +285,19 @@ def test_two_runs_in_one_folder_are_one_too_many(bench: Bench) -> None:
     bench.run()
 
 
+def test_sgd_learns_and_is_taken_up_again_too(small_plan: Any, task: Task, tmp_path: Path) -> None:
+    usual = small_plan(learning_rate=1e-2)
+    plan = usual.model_copy(update={"training": usual.training.model_copy(update={"optimiser": "sgd"})})
+    assert plan.digest() != usual.digest()
+    bench = Bench(plan, task, tmp_path)
+    whole, records = bench.run("whole", steps=40)
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    with pytest.raises(StoppedError):
+        bench.run("parts", steps=40, stop=lambda: True)
+    parts, _ = bench.run("parts", steps=40)
+    assert same(whole, parts)
+
+
 def test_asked_to_stop_it_saves_and_says_so(bench: Bench) -> None:
     whole, _ = bench.run("whole", steps=20)
     asked = iter([False] * 6 + [True])
