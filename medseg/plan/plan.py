@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -305,6 +306,10 @@ class Plan(Strict):
             raise ValueError(f"regions are painted as {sorted(unknown)}, which no label has")
         if self.training.ignore_label in self.label_set.numbers:
             raise ValueError(f"label {self.training.ignore_label} cannot be both learnt and ignored")
+        for name, one in self.configurations.items():
+            before = self.configurations.get(one.previous or "")
+            if before is not None and before.previous is not None:
+                raise ValueError(f"{name} comes after {one.previous}, which comes after another: two stages are enough")
         return self
 
     @property
@@ -337,14 +342,16 @@ class Plan(Strict):
         """SHA-256 of what the plan decides; reasons and costs do not count."""
         return digest(_without_reasons(self.model_dump(mode="json", exclude={"configurations": {"__all__": {"cost"}}})))
 
-    def preparation(self, name: str) -> str:
+    def preparation(self, name: str, models: Sequence[str] = ()) -> str:
         """SHA-256 of what preprocessed cases of a configuration stand on: plans that only train in another
-        way can share them."""
+        way can share them. Those of a second stage stand on the ``models`` of the first, too, by digest,
+        fold by fold."""
         configuration = self.configuration(name).model_dump(
             mode="json", include={"spacing", "orientation", "grid", "thick", "slice_axis", "previous"}
         )
         shared = self.model_dump(mode="json", include={"channels", "labels", "optional_channels", "normalisation"})
-        return digest(_without_reasons({**shared, "configuration": configuration}))
+        more = {"models": list(models)} if models else {}
+        return digest(_without_reasons({**shared, "configuration": configuration, **more}))
 
 
 def _without_reasons(value: Any) -> Any:
