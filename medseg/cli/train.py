@@ -150,7 +150,7 @@ def train(
     )
     begun = load_package(start) if start else None
     if begun and ranks.first:
-        network = build(plan.configuration(configuration), len(plan.channels), plan.outputs)
+        network = build(plan.configuration(configuration), plan.inputs(plan.configuration(configuration)), plan.outputs)
         fits, missing = fitting(begun, network)
         click.echo(
             f"starts from {begun.name}: {len(fits)} of {len(fits) + len(missing)} layers fit"
