@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -342,16 +341,14 @@ class Plan(Strict):
         """SHA-256 of what the plan decides; reasons and costs do not count."""
         return digest(_without_reasons(self.model_dump(mode="json", exclude={"configurations": {"__all__": {"cost"}}})))
 
-    def preparation(self, name: str, models: Sequence[str] = ()) -> str:
+    def preparation(self, name: str) -> str:
         """SHA-256 of what preprocessed cases of a configuration stand on: plans that only train in another
-        way can share them. Those of a second stage stand on the ``models`` of the first, too, by digest,
-        fold by fold."""
+        way can share them."""
         configuration = self.configuration(name).model_dump(
             mode="json", include={"spacing", "orientation", "grid", "thick", "slice_axis", "previous"}
         )
         shared = self.model_dump(mode="json", include={"channels", "labels", "optional_channels", "normalisation"})
-        more = {"models": list(models)} if models else {}
-        return digest(_without_reasons({**shared, "configuration": configuration, **more}))
+        return digest(_without_reasons({**shared, "configuration": configuration}))
 
 
 def _without_reasons(value: Any) -> Any:

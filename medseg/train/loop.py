@@ -224,7 +224,7 @@ def prepare(
         )
     if configuration.steps is None:
         raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")
-    store.require(plan.preparation(setup.configuration, setup.previous), setup.configuration)
+    store.require(plan.preparation(setup.configuration), setup.configuration, setup.previous)
     cases = [store.read(case) for case in setup.train]
     if not cases:
         raise InputError(f"fold {setup.fold} has no case to train on", "Correct folds.json")
