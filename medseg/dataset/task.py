@@ -62,7 +62,8 @@ class Task:
 
 def load_task(folder: Path) -> Task:
     """Read ``dataset.json`` as the Decathlon wrote it, misspelt keys (``licence``, ``relase``) and
-    all. No image is opened.
+    all. Where it has no ``training``, the cases are the files of ``imagesTr`` with those of the same
+    name in ``labelsTr``. No image is opened.
 
     Raises InputError where the folder is no Decathlon task, a needed key is missing or of the wrong
     kind, a case comes twice or a path leads out of the folder.
@@ -81,8 +82,11 @@ def load_task(folder: Path) -> Task:
     if too_large := [number for number in names if number > _LARGEST_LABEL]:
         raise InputError(f"dataset.json has the label number {too_large[0]}", f"Number up to {_LARGEST_LABEL}")
     subjects = _subjects(folder)
-    training = _entries(described, "training")
-    paired = [(_inside(folder, e.get("image")), _inside(folder, e.get("label"))) for e in training]
+    if "training" in described:
+        training = _entries(described, "training")
+        paired = [(_inside(folder, e.get("image")), _inside(folder, e.get("label"))) for e in training]
+    else:
+        paired = _pairs(folder)
     test = [_inside(folder, e.get("image")) for e in _entries(described, "test", needed=False)]
     title = str(described.get("name", folder.name))
     task = Task(
@@ -186,6 +190,27 @@ def _entries(described: dict[str, Any], key: str, *, needed: bool = True) -> lis
     if not isinstance(entries, list):
         raise InputError(f"dataset.json has no list {key!r}", 'List the cases as {"image": ..., "label": ...}')
     return [{"image": e} if isinstance(e, str) else e if isinstance(e, dict) else {} for e in entries]
+
+
+def _pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """Images and labels of the same name; InputError for one without the other."""
+    images, labels = _files(folder / "imagesTr"), _files(folder / "labelsTr")
+    if not images:
+        raise InputError(f"dataset.json of {folder.name} has no list 'training', and imagesTr no NIfTI file", _LAYOUT)
+    if lonely := sorted(images.keys() ^ labels.keys()):
+        has, lacks = ("imagesTr", "labelsTr") if lonely[0] in images else ("labelsTr", "imagesTr")
+        raise InputError(f"{lonely[0]} is in {has} and not in {lacks}", "Give both the same name, or list the cases")
+    return [(images[case], labels[case]) for case in sorted(images)]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The NIfTI files of a folder by the case's id; companions of a Mac's archive are none."""
+    paths = [p for p in sorted(folder.glob("*")) if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."]
+    found = {stem(path): path for path in paths}
+    if len(found) < len(paths):
+        twice = next(path.name for path in paths if found[stem(path)] != path)
+        raise InputError(f"{folder.name} holds {twice} packed and unpacked", "Take one of them away")
+    return found
 
 
 def _inside(folder: Path, name: Any) -> Path:

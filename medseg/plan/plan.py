@@ -223,7 +223,9 @@ class Training(Strict):
     ``class_share``: of the patches that are centred on a structure, so many draw the structure first
     and then a case that has it, so that one in a case of a hundred is seen as often as any. ``loss``
     names one of `medseg.train.loss`. ``optimiser``: AdamW, or SGD with Nesterov's momentum of 0.99 as nnU-Net
-    has it, which wants a rate of its own (nnU-Net's is 0.01). Voxels with the number ``ignore_label`` count for nothing.
+    has it, which wants a rate of its own (nnU-Net's is 0.01). Voxels with the number ``ignore_label``
+    count for nothing. ``compile``: by torch.compile, which needs a C++ compiler and a minute before the
+    first step, and then saves some of each.
 
     Two ways to learn from scans without labels, those that the task lists under ``test``.
     ``pretraining``: before a run, and for so many times its steps, the network learns to fill in what is
@@ -242,6 +244,7 @@ class Training(Strict):
         "dice-cross-entropy"
     )
     optimiser: Literal["adamw", "sgd"] = _unless("adamw")
+    compile: bool = _unless(False)
     ignore_label: Annotated[int, Field(ge=1, le=65_535)] | None = _unless(None)
     pretraining: Decision[Annotated[float, Field(gt=0, le=100)]] | None = _unless(None)
     consistency: Decision[Annotated[float, Field(gt=0, le=1000)]] | None = _unless(None)

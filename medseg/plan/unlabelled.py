@@ -10,7 +10,7 @@ from medseg.plan.plan import Configuration, Decision, Plan
 from medseg.plan.scale import Target
 
 # Pretraining in steps of the training; the most that a mean teacher's word weighs.
-_PRETRAINING, _CONSISTENCY = 1.0, 1.0
+_PRETRAINING, _CONSISTENCY = 1.0, 5.0
 # A step beside a teacher, in plain ones: twice the patches, and the teacher's forward pass of half of
 # them, which is a third of a step.
 _TAUGHT = 2 + 1 / 3

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -384,6 +384,8 @@ class Learner:
         would keep the next step waiting, some steps at a time, but never across a record."""
         at_once = 1 if course.batches.device.type == "cpu" else _LOOKED_AT_ONCE
         network = self.ranks.wrap(self.network)
+        if course.plan.training.compile:
+            network = cast(nn.Module, torch.compile(network))
         with Feed(course.batches, self.step) as feed:
             while self.step < steps:
                 losses = []

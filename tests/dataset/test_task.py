@@ -72,6 +72,38 @@ def test_labels_need_not_be_consecutive_and_test_entries_may_be_strings_or_objec
     assert task.case("liver_3") is task.test[1]
 
 
+def paired(folder: Path, images: list[str], labels: list[str]) -> Path:
+    """A task that lists no cases, with such files."""
+    described(folder, training=None, test=None)
+    for place, names in (("imagesTr", images), ("labelsTr", labels)):
+        (folder / place).mkdir()
+        for name in names:
+            (folder / place / name).touch()
+    return folder
+
+
+def test_where_no_cases_are_listed_they_are_the_files_of_the_folders(tmp_path: Path) -> None:
+    files = ["b.nii.gz", "a.nii", "._b.nii.gz", "notes.txt"]
+    task = load_task(paired(tmp_path / "t", files, ["a.nii.gz", "b.nii.gz"]))
+    assert [(c.id, c.image.name, c.label.name if c.label else "") for c in task.cases] == [
+        ("a", "a.nii", "a.nii.gz"),
+        ("b", "b.nii.gz", "b.nii.gz"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "told"),
+    [
+        (["a.nii.gz", "b.nii.gz"], ["a.nii.gz"], "b is in imagesTr and not in labelsTr"),
+        (["a.nii.gz"], ["a.nii.gz", "c.nii.gz"], "c is in labelsTr and not in imagesTr"),
+        (["a.nii.gz", "a.nii"], ["a.nii"], "packed and unpacked"),
+        ([], ["a.nii"], "imagesTr no NIfTI file"),
+    ],
+)
+def test_files_that_are_no_pairs_are_refused(tmp_path: Path, images: list[str], labels: list[str], told: str) -> None:
+    assert told in refusal(paired(tmp_path / "t", images, labels))
+
+
 @pytest.mark.parametrize("spelling", ["licence", "license"])
 def test_both_spellings_of_the_licence(tmp_path: Path, spelling: str) -> None:
     changes: dict[str, Any] = {"licence": None, spelling: "CC0"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,17 @@ def test_sgd_learns_and_is_taken_up_again_too(small_plan: Any, task: Task, tmp_p
         bench.run("parts", steps=40, stop=lambda: True)
     parts, _ = bench.run("parts", steps=40)
     assert same(whole, parts)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own use of it
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_compiled_it_trains_the_same(bench: Bench) -> None:
+    plain, _ = bench.run("plain", steps=4)
+    training = bench.plan.training.model_copy(update={"compile": True})
+    bench.plan = bench.plan.model_copy(update={"training": training})
+    compiled, _ = bench.run("compiled", steps=4)
+    (mine,), (others,) = compiled.members, plain.members
+    assert all(torch.allclose(mine[name], others[name], atol=1e-2) for name in mine)
 
 
 def test_asked_to_stop_it_saves_and_says_so(bench: Bench) -> None:
