@@ -37,6 +37,14 @@ FOLDS = config["folds"]
 if max(FOLDS) >= config["of_folds"]:
     raise WorkflowError(f"medseg: fold {max(FOLDS)} of {config['of_folds']}: folds are counted from 0.")
 
+# A second stage is told what the folds of the first found in the cases that each held out.
+BEFORE = {"3d-cascade": "3d-low"}
+for second, first in BEFORE.items():
+    if second in CONFIGURATIONS and first not in CONFIGURATIONS:
+        raise WorkflowError(f"medseg: {second} is told what {first} found. Add {first} to the configurations.")
+    if second in CONFIGURATIONS and set(FOLDS) != set(range(config["of_folds"])):
+        raise WorkflowError(f"medseg: {second} needs all folds of {first}. Let folds be 0 to {config['of_folds'] - 1}.")
+
 # Folder names of the phantom tasks, as `medseg phantom` writes them.
 PHANTOMS = {f"Phantom_{name.capitalize()}": name for name in config["phantoms"]["tasks"]}
 
@@ -91,6 +99,13 @@ def task_folder(wildcards):
 
 def task_file(wildcards):
     return TASKS[wildcards.task] / "dataset.json"
+
+
+def told(wildcards):
+    """What preprocessing a second stage is told: the predictions of all folds of the first."""
+    first = BEFORE.get(wildcards.configuration)
+    folds = FOLDS if first else []
+    return [f"{RESULTS}/{wildcards.task}/{first}/fold{fold}/predictions/predictions.json" for fold in folds]
 
 
 def budgets(wildcards):

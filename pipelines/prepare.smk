@@ -74,6 +74,7 @@ rule preprocess:
     input:
         RESULTS + "/{task}/run.json",
         RESULTS + "/{task}/plan.json",
+        told,
     output:
         RESULTS + "/{task}/{configuration}/preprocessed/store.json",
     log:

@@ -38,6 +38,7 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
     cores = use_cores(threads)
     from medseg.dataset.task import load_case, load_labels, require_same_grid
     from medseg.infer.agreement import measure
+    from medseg.infer.predict import Predictor
     from medseg.io.files import new_folder
     from medseg.io.nifti import read_labels
     from medseg.io.sidecar import read_index
@@ -72,8 +73,13 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
     saved = load_package(place)
     some = [case for p in trained[package.configuration_name].values() for case in p.held_out]
     some = some[:: max(1, len(some) // _COMPARED)][:_COMPARED]
+    volumes = {case: load_case(task, task.case(case))[0] for case in some}
+    first = Predictor(saved.previous, threads=cores) if saved.previous else None
     images = {
-        case: preprocess(load_case(task, task.case(case))[0], saved.plan, saved.configuration).values for case in some
+        case: preprocess(
+            volume, saved.plan, saved.configuration, first.predict(volume).label_map if first else None
+        ).values
+        for case, volume in volumes.items()
     }
     record_engines(place, measure(saved, images, cores))
     _show(saved, place)
@@ -92,12 +98,11 @@ def _trained(
     for name in begun:
         for number, cases in enumerate(folder.folds(task)):
             fold = FoldFolder(folder, name, number, cases)
-            package = fold.package()
-            lack = package if isinstance(package, Lack) else fold.predicted(package, task)
-            if lack is None and not isinstance(package, Lack):
+            package = fold.whole(task)
+            if isinstance(package, Lack):
+                lacks.append(package)
+            else:
                 found.setdefault(name, {})[number] = package
-            elif lack is not None:
-                lacks.append(lack)
     if lacks and not partial:
         more = f" ({len(lacks) - 1} more folds lack something)" if len(lacks) > 1 else ""
         raise InputError(

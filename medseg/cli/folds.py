@@ -97,6 +97,18 @@ class FoldFolder:
                 return Lack(f"the prediction of case {case} in {self} is not whole", self.predict(task))
         return None
 
+    def whole(self, task: Task) -> ModelPackage | Lack:
+        """Its model, whose predictions of the held-out cases are there; what is amiss where they are not."""
+        package = self.package()
+        return package if isinstance(package, Lack) else self.predicted(package, task) or package
+
+    def found(self, package: ModelPackage) -> dict[str, Path]:
+        """By case what its model found in those that it held out, and had not seen."""
+        from medseg.io.sidecar import read_index
+
+        unseen = {*package.held_out} - {*package.trained_on}
+        return {case: path for case, path in read_index(self.predictions).items() if case in unseen}
+
 
 def _record(path: Path) -> dict[str, Any]:
     from medseg.io.files import read_json
@@ -121,16 +133,20 @@ def all_folds(
     mlflow: str | None,
 ) -> None:
     """Preprocess, train, predict and evaluate every fold of each configuration (all of the plan's, unless
-    named), and choose. What was made before by the same plan, folds, seed and ``start`` is left as it is."""
+    named), and choose. What was made before by the same plan, folds, seed and ``start`` is left as it is.
+    A stage that is told what another found comes after it, which is made too where it is not named, though
+    not chosen among."""
+    from medseg.cli.stages import first_stage, refuse_unlabelled
     from medseg.io.sidecar import INDEX
     from medseg.models.package import load_package
 
     folder = RunFolder(run)
     task, plan = folder.task(), folder.plan()
-    # A second stage is trained on labels of the first, which is not done here.
-    names = configurations or [name for name, one in plan.configurations.items() if one.previous is None]
-    for name in names:
-        plan.configuration(name)
+    alone = plan.training.wants_unlabelled  # which a second stage cannot learn from
+    names = list(configurations or (n for n, one in plan.configurations.items() if not (alone and one.previous)))
+    order = _in_order(plan, names)
+    for name in order:
+        refuse_unlabelled(plan, name)
     cores = ("--threads", str(threads)) if threads else ()
     engine = {"auto": "auto", "cpu": "openvino", "cuda": "torch-cuda"}[device]
     how = ("--seed", str(seed), "--device", device, *cores)
@@ -139,14 +155,16 @@ def all_folds(
     how += ("--from", str(start)) if start else ()
     how += ("--mlflow", mlflow) if mlflow else ()
     begun = load_package(start).digest() if start else None
-    for name in names:
-        if not _preprocessed(folder, plan, name):
+    for name in order:
+        before = first_stage(folder, task, plan, name)
+        models = before.digests if before else ()
+        if not _preprocessed(folder, plan, name, models):
             _run("preprocess", str(run), "-c", name, *cores)
         for number, cases in enumerate(folder.folds(task)):
             fold = FoldFolder(folder, name, number, cases)
             # The log is written last.
             found = fold.package() if (fold.path / "log.json").exists() else None
-            if found is None or isinstance(found, Lack) or _of(found) != (plan.digest(), seed, begun):
+            if found is None or isinstance(found, Lack) or _of(found) != (plan.digest(), seed, begun, models):
                 _run(*fold.train(), *how)
                 found = fold.package()
             if isinstance(found, Lack):
@@ -158,18 +176,28 @@ def all_folds(
     _run("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)
 
 
-def _of(package: ModelPackage) -> tuple[str, Any, Any]:
-    return package.plan.digest(), package.provenance.get("seed"), package.provenance.get("start")
+def _in_order(plan: Plan, names: Sequence[str]) -> list[str]:
+    """The configurations and those whose labels they are told, these first."""
+    before = {name: plan.configuration(name).previous for name in names}
+    firsts = [name for name in names if before[name] is None]
+    needed = [previous for previous in before.values() if previous is not None]
+    seconds = [name for name in names if before[name] is not None]
+    return list(dict.fromkeys([*firsts, *needed, *seconds]))
 
 
-def _preprocessed(folder: RunFolder, plan: Plan, configuration: str) -> bool:
+def _of(package: ModelPackage) -> tuple[str, Any, Any, tuple[str, ...]]:
+    made = package.provenance
+    return package.plan.digest(), made.get("seed"), made.get("start"), tuple(made.get("previous", ()))
+
+
+def _preprocessed(folder: RunFolder, plan: Plan, configuration: str, models: Sequence[str]) -> bool:
     from medseg.io.store import CaseStore
 
     stores = [folder.store(configuration)]
     stores += [folder.unlabelled(configuration)] if plan.training.wants_unlabelled else []
     try:
         for store in stores:
-            CaseStore(store).require(plan.preparation(configuration), configuration)
+            CaseStore(store).require(plan.preparation(configuration), configuration, models)
     except InputError:
         return False
     return True

@@ -35,10 +35,13 @@ _PLACES = 20_000
 def preprocess(run: Path, configuration: str, threads: int | None) -> None:
     """Bring every training case of RUN onto the network's grid and normalise it.
 
-    Where the plan learns from scans without labels, those that the task lists under test too.
+    Where the plan learns from scans without labels, those that the task lists under test too. A
+    configuration that comes after another one (3d-cascade) needs all folds of that trained, and their
+    held-out cases predicted: it is told of each case what a model found that had not seen it.
     """
     import numpy as np
 
+    from medseg.cli.stages import first_stage
     from medseg.core.errors import InputError
     from medseg.core.resample import resample
     from medseg.dataset.task import load_case, load_image
@@ -48,10 +51,13 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
     task, plan = folder.task(), folder.plan()
     chosen = plan.configuration(configuration)
     scans = unlabelled_cases(task) if plan.training.wants_unlabelled else ()
+    before = first_stage(folder, task, plan, configuration)
+    models = before.digests if before else ()
 
     def prepared(volume: Volume, case: Case) -> Volume:
+        found = before.found(task, case.id) if before else None
         try:
-            return preprocess_volume(volume, plan, chosen)
+            return preprocess_volume(volume, plan, chosen, found)
         except InputError as error:
             raise error.of_case(case.id) from None
 
@@ -69,7 +75,8 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
         store.write(case.id, prepared(load_image(task, case), case).values, None, {})
 
     def fill(path: Path, cases: Sequence[Case], one: Callable[[CaseStore, Case], None]) -> None:
-        _fill(path, cases, one, plan.preparation(configuration), configuration, threads or available_cores())
+        index = (plan.preparation(configuration), configuration, models)
+        _fill(path, cases, one, index, threads or available_cores())
 
     if scans:
         fill(folder.unlabelled(configuration), scans, unlabelled)
@@ -82,11 +89,10 @@ def _fill(
     path: Path,
     cases: Sequence[Case],
     one: Callable[[CaseStore, Case], None],
-    preparation: str,
-    configuration: str,
+    index: tuple[str, str, Sequence[str]],
     threads: int,
 ) -> None:
-    """A store of the cases, written one by one; its index last."""
+    """A store of the cases, written one by one; its ``index`` last: preparation, configuration and models."""
     from medseg.io.files import new_folder
     from medseg.io.store import INDEX, CaseStore
 
@@ -96,4 +102,4 @@ def _fill(
     with ThreadPoolExecutor(threads) as pool:
         for _ in progress("preprocess")(pool.map(lambda case: one(store, case), cases), len(cases)):
             pass
-    store.finish(tuple(case.id for case in cases), preparation, configuration)
+    store.finish(tuple(case.id for case in cases), *index)

@@ -144,14 +144,19 @@ def _commands(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[str]:
     yield "medseg plan TASK -o RUN"
     for configuration in dict.fromkeys(one.configuration for one in scored):
         yield f"medseg preprocess RUN -c {configuration}"
-    for one in scored:
-        package = f"RUN/{one.configuration}/fold{one.fold}"
-        yield f"medseg train RUN -c {one.configuration} --fold {one.fold} {_length(folder, one)}".rstrip()
-        yield f"medseg predict TASK --held-out -m {package}/model -o {package}/predictions"
-        yield f"medseg evaluate {package}/predictions TASK -o {package}"
+        for one in scored:
+            if one.configuration == configuration:
+                yield from _fold_commands(folder, one)
     if folder.model.exists():
         yield "medseg choose RUN"
     yield "medseg report RUN"
+
+
+def _fold_commands(folder: RunFolder, one: Scored) -> Iterator[str]:
+    package = f"RUN/{one.configuration}/fold{one.fold}"
+    yield f"medseg train RUN -c {one.configuration} --fold {one.fold} {_length(folder, one)}".rstrip()
+    yield f"medseg predict TASK --held-out -m {package}/model -o {package}/predictions"
+    yield f"medseg evaluate {package}/predictions TASK -o {package}"
 
 
 def _length(folder: RunFolder, one: Scored) -> str:

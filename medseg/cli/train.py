@@ -78,7 +78,7 @@ def train(
 
     With --all-folds each fold of each configuration is preprocessed, trained, predicted and evaluated,
     one after the other, and `medseg choose` makes one model of them, RUN/model. What is done already
-    is left as it is.
+    is left as it is. A second stage (3d-cascade) comes after all folds of the first (3d-low).
     """
     if deterministic:  # read by CUDA's library of matrices when it is loaded
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -105,6 +105,7 @@ def train(
     configuration = configurations[0] if configurations else "3d"
     from tqdm import tqdm
 
+    from medseg.cli.stages import first_stage
     from medseg.core.errors import InputError
     from medseg.dataset.task import load_case
     from medseg.infer.agreement import measure
@@ -118,7 +119,7 @@ def train(
     from medseg.models.package import INDEX, load_package, record_engines, save_package
     from medseg.preprocess.regrid import preprocess
     from medseg.train.calibrate import calibration_of
-    from medseg.train.loop import Progress, Setup, fitting
+    from medseg.train.loop import Before, Progress, Setup, fitting
     from medseg.train.loop import train as train_network
     from medseg.train.pretrain import pretrain
     from medseg.train.ranks import Ranks
@@ -132,7 +133,9 @@ def train(
     plan.configuration(configuration)
     trained = experience(folder.fingerprint(), chosen.train, plan.label_set)
     store = CaseStore(folder.store(configuration))
-    store.require(plan.preparation(configuration), configuration)
+    stage = first_stage(folder, task, plan, configuration)
+    models = stage.digests if stage else ()
+    store.require(plan.preparation(configuration), configuration, models)
     unlabelled = _unlabelled(folder, configuration, plan, task, chosen.validation)
     output = folder.fold(configuration, fold)
     ranks = Ranks.of_torchrun()
@@ -143,6 +146,7 @@ def train(
         fold=fold,
         train=chosen.train,
         held_out=chosen.validation,
+        previous=models,
         seed=seed,
         device=device,
         threads=cores,
@@ -150,7 +154,7 @@ def train(
     )
     begun = load_package(start) if start else None
     if begun and ranks.first:
-        network = build(plan.configuration(configuration), len(plan.channels), plan.outputs)
+        network = build(plan.configuration(configuration), plan.inputs(plan.configuration(configuration)), plan.outputs)
         fits, missing = fitting(begun, network)
         click.echo(
             f"starts from {begun.name}: {len(fits)} of {len(fits) + len(missing)} layers fit"
@@ -159,6 +163,7 @@ def train(
         )
     watched = chosen.validation[:: max(1, -(-len(chosen.validation) // _VALIDATED))]
     validation = [(case, *load_case(task, task.case(case))) for case in watched]
+    before = Before(stage.models[fold], {case: stage.found(task, case) for case in watched}) if stage else None
     tracker = None
     if mlflow and ranks.first:
         tracker = MlflowTracker(mlflow, f"{task.name} {configuration}", lambda text: click.echo(text, err=True))
@@ -183,7 +188,15 @@ def train(
         if plan.training.pretraining:
             first = pretrain(plan, setup, store, log, unlabelled, start=begun, **watching)
         package, records = train_network(
-            plan, setup, store, log, unlabelled=unlabelled, validation=validation, start=first, **watching
+            plan,
+            setup,
+            store,
+            log,
+            unlabelled=unlabelled,
+            validation=validation,
+            before=before,
+            start=first,
+            **watching,
         )
     if not ranks.first:
         return
@@ -197,7 +210,10 @@ def train(
     )
     save_package(output / "model", replace(package, experience=trained, calibration=calibration))
     saved = load_package(output / "model")
-    images = {case: preprocess(volume, plan, saved.configuration).values for case, volume, _ in validation[:_COMPARED]}
+    images = {
+        case: preprocess(volume, plan, saved.configuration, before.found[case] if before else None).values
+        for case, volume, _ in validation[:_COMPARED]
+    }
     engines = measure(saved, images, cores)
     record_engines(output / "model", engines)
     write_json(output / "log.json", {"format": 1, "options": f"--seed {seed}", "records": list(records)})

@@ -112,6 +112,10 @@ class Predictor:
             else None
         )
 
+    def before(self, volume: Volume, *, force: bool = False) -> LabelMap | None:
+        """What the stage before finds in a scan; None for a model that has none."""
+        return self._previous.predict(volume, force=force).label_map if self._previous else None
+
     def predict(
         self,
         volume: Volume,
@@ -142,7 +146,7 @@ class Predictor:
             volume,
             self.package.plan,
             self.package.configuration_name,
-            previous=self._previous.predict(volume, force=force).label_map if self._previous else None,
+            previous=self.before(volume, force=force),
             overlap=self.overlap,
             scouted=self.scouted,
             memory=self.memory,

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,7 +108,8 @@ class StoredCase:
 
 
 class CaseStore:
-    """A folder of preprocessed cases, all by one plan (known by what of it they stand on) and configuration."""
+    """A folder of preprocessed cases, all by one plan (known by what of it they stand on) and configuration;
+    of a second stage also by the first one's models, whose labels they hold."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -129,23 +130,26 @@ class CaseStore:
         with atomic(self.folder / f"{case}.places.npz") as file:
             file.write(packed.getvalue())
 
-    def finish(self, cases: tuple[str, ...], plan: str, configuration: str) -> None:
-        """Write the index, last: a store without one is not whole."""
-        write_json(
-            self.folder / INDEX, {"format": 2, "plan": plan, "configuration": configuration, "cases": list(cases)}
-        )
+    def finish(self, cases: tuple[str, ...], plan: str, configuration: str, models: Sequence[str] = ()) -> None:
+        """Write the index, last: a store without one is not whole. ``models`` are digests, fold by fold."""
+        index = {"format": 2, "plan": plan, "configuration": configuration, "cases": list(cases)}
+        write_json(self.folder / INDEX, index | ({"models": list(models)} if models else {}))
 
     def cases(self) -> tuple[str, ...]:
         """The ids that the index lists."""
         return tuple(read_json(self.folder / INDEX, _REMEDY)["cases"])
 
-    def require(self, plan: str, configuration: str) -> None:
-        """InputError unless the store is whole and was made by this plan and configuration."""
+    def require(self, plan: str, configuration: str, models: Sequence[str] = ()) -> None:
+        """InputError unless the store is whole and was made by this plan, configuration and ``models``."""
         index = read_json(self.folder / INDEX, _REMEDY)
         if not isinstance(index, dict) or index.get("format") != 2:
             raise InputError(f"{self.folder / INDEX} has another format", _REMEDY)
         if index.get("plan") != plan or index.get("configuration") != configuration:
             raise InputError(f"{self.folder} was preprocessed by another plan", "Run `medseg preprocess` again")
+        if index.get("models", []) != list(models):
+            raise InputError(
+                f"{self.folder} holds what other models of the stage before found", "Run `medseg preprocess` again"
+            )
 
     def read(self, case: str) -> StoredCase:
         """A case, its arrays still on disk. Raises InputError where a file is missing or broken."""

@@ -248,6 +248,9 @@ def _commands(package: ModelPackage) -> Iterator[str]:
         each = " ".join(f"-c {_plain(one.configuration)}" for one in known.compared)
         yield f"medseg train RUN --all-folds {each} --seed {_plain(made['seed'])}{_start(made)}"
         return
+    if before := package.previous:
+        seed = _plain(before.provenance.get("seed", 0))
+        yield f"medseg train RUN --all-folds -c {_plain(before.configuration_name)} --seed {seed}"
     yield f"medseg preprocess RUN -c {name}"
     for fold, one in made.get("folds", {str(made.get("fold", 0)): made}).items():
         yield f"medseg train RUN -c {name} --fold {_plain(fold)} --seed {_plain(one.get('seed', 0))}{_start(one)}"

@@ -149,11 +149,12 @@ def disk_bytes(cases: Cases, channels: int, label_voxels: float) -> int:
     return int(cases.voxels_in_all * (2 * channels + 1) + 8 * label_voxels)
 
 
-def ram_bytes(cases: Cases, channels: int, classes: int, memory_bytes: int, *, kind: Kind) -> int:
+def ram_bytes(cases: Cases, channels: int, classes: int, memory_bytes: int, *, kind: Kind, further: int = 0) -> int:
     """The whole training process: libraries, validation scans as they are stored, one of them being
-    predicted, and, where there is no GPU that holds it, the network."""
-    scans = _watched(cases) * cases.own_voxels * (2 * channels + 1)
-    predicted = cases.voxels * 4 * (channels + classes / 2)
+    predicted, and, where there is no GPU that holds it, the network. A second stage has ``further``
+    channels, which are stored as one label map."""
+    scans = _watched(cases) * cases.own_voxels * (2 * channels + 1 + bool(further))
+    predicted = cases.voxels * 4 * (channels + further + classes / 2)
     return int(BASE_RAM[kind] + scans + predicted + (memory_bytes if kind == "cpu" else 0))
 
 

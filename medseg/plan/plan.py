@@ -146,14 +146,14 @@ class Cost(Strict):
 class Configuration(Strict):
     """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z, and how
     many ``steps`` training takes. In 2D the patch is one voxel thick along ``slice_axis``. Imported
-    models have no steps: they are not trained here.
+    models have no steps: they are not trained here. ``previous`` names the stage whose labels, one
+    channel each, are added to the scan's channels; of a plan to train by it is another configuration.
 
     How imported models differ: ``orientation`` "stored" takes the axes as the file has them, whatever
     way they run, and spacing and patch are along those. ``grid`` "shape" rounds the number of voxels
     and stretches them over the field of view exactly; in 2D each scan keeps its own spacing along
     ``slice_axis``. ``thick``: where the largest spacing, before or after, is more than so many times
-    the smallest, that axis takes the nearest slice. ``previous`` names the stage whose labels, one
-    channel each, are added to the scan's channels.
+    the smallest, that axis takes the nearest slice.
     """
 
     dimensions: Literal[2, 3]
@@ -308,6 +308,10 @@ class Plan(Strict):
             raise ValueError(f"regions are painted as {sorted(unknown)}, which no label has")
         if self.training.ignore_label in self.label_set.numbers:
             raise ValueError(f"label {self.training.ignore_label} cannot be both learnt and ignored")
+        for name, one in self.configurations.items():
+            before = self.configurations.get(one.previous or "")
+            if before is not None and before.previous is not None:
+                raise ValueError(f"{name} comes after {one.previous}, which comes after another: two stages are enough")
         return self
 
     @property

@@ -35,8 +35,9 @@ _MOST_STAGES = 6
 # planned at low resolution too, where that has at most half the voxels (both as in nnU-Net).
 _SEEN = 0.25
 _COARSER = 1.03
-# The third only where scans are much larger than a patch.
-_NAMES = ("3d", "2d", "3d-low")
+# The last two only where scans are much larger than a patch.
+_LOW, _CASCADE = "3d-low", "3d-cascade"
+_NAMES = ("3d", "2d", _LOW, _CASCADE)
 
 
 def plan(
@@ -75,7 +76,9 @@ def plan(
     configurations = {"3d": volumes, "2d": slices}
     coarse = _low_resolution(measured, volumes, size)
     if coarse is not None:
-        configurations["3d-low"], _ = chooser.choose("3d-low", lambda _: coarse, (size,))
+        configurations[_LOW], _ = chooser.choose(_LOW, lambda _: coarse, (size,))
+        up_to = SIZES[: SIZES.index(size) + 1]
+        configurations[_CASCADE], _ = chooser.choose(_CASCADE, lambda size: _cascade(measured, size), up_to)
     if unknown := set(target.budgets) - set(configurations) - {""}:
         raise InputError(
             f"a budget is given for {sorted(unknown)[0]}, which is not planned: a patch holds enough of a case",
@@ -182,6 +185,17 @@ def _low_resolution(measured: Fingerprint, full: Configuration, size: Size) -> C
         seen = _SEEN * np.prod(shape) / np.prod(coarse.patch.value)
         if seen <= 1:
             return coarse if 2 * np.prod(shape) <= np.prod(typical) else None
+
+
+def _cascade(measured: Fingerprint, size: Size) -> Configuration:
+    """Full resolution once more, which is told what low resolution found; as nnU-Net's ``3d_cascade_fullres``.
+    Further channels take room and time, so that in a rare case its size is a smaller one than that of 3d."""
+    full = _volumes(measured, size)
+    reason = (
+        f"as 3d, told by {_LOW} where each structure lies: it sees around the patch, which holds too little of a case"
+    )
+    patch = full.patch.model_copy(update={"reason": f"{full.patch.reason}; {reason}"})
+    return full.model_copy(update={"patch": patch, "previous": _LOW})
 
 
 def _coarser(spacing: NDArray[np.float64]) -> NDArray[np.float64]:

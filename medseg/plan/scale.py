@@ -101,6 +101,13 @@ class Chooser:
         self.measured, self.classes, self.target, self.meter = measured, classes, target, meter
         self.channels = len(measured.intensities)
 
+    def _further(self, configuration: Configuration) -> int:
+        """Channels besides the scan's: the labels of the stage before, where there is one."""
+        return self.classes - 1 if configuration.previous else 0
+
+    def _inputs(self, configuration: Configuration) -> int:
+        return self.channels + self._further(configuration)
+
     def choose(
         self, name: str, make: Callable[[Size], Configuration], sizes: Sequence[Size] = SIZES
     ) -> tuple[Configuration, Size]:
@@ -160,7 +167,7 @@ class Chooser:
         return rungs
 
     def _candidate(self, made: Configuration, size: Size) -> _Candidate:
-        reckoned = cost.estimate(made, self.channels, self.classes, kind=self.target.kind, half=self.target.half)
+        reckoned = cost.estimate(made, self._inputs(made), self.classes, kind=self.target.kind, half=self.target.half)
         return _Candidate(made, size, reckoned)
 
     def _cases(self, configuration: Configuration) -> Cases:
@@ -170,8 +177,8 @@ class Chooser:
         return Cases(len(voxels), own, (float(x), float(y), float(z)), float(voxels.sum()))
 
     def _ram(self, candidate: _Candidate, memory: int) -> int:
-        cases = self._cases(candidate.configuration)
-        return cost.ram_bytes(cases, self.channels, self.classes, memory, kind=self.target.kind)
+        cases, further = self._cases(candidate.configuration), self._further(candidate.configuration)
+        return cost.ram_bytes(cases, self.channels, self.classes, memory, kind=self.target.kind, further=further)
 
     def _fits(self, candidate: _Candidate, memory: int) -> bool:
         if self.target.kind == "gpu":
@@ -193,7 +200,7 @@ class Chooser:
         if self.meter is None:
             return None
         try:
-            return self.meter(candidate.configuration, self.channels, self.classes)
+            return self.meter(candidate.configuration, self._inputs(candidate.configuration), self.classes)
         except cost.DoesNotFitError:
             return None
 
@@ -243,7 +250,7 @@ class Chooser:
             seconds_per_step=float(f"{seconds:.4g}"),
             memory_bytes=memory,
             ram_bytes=self._ram(chosen, memory),
-            disk_bytes=cost.disk_bytes(cases, self.channels, self._label_voxels(made)),
+            disk_bytes=cost.disk_bytes(cases, self._inputs(made), self._label_voxels(made)),
             hours=float(f"{hours:.3g}"),
             measured_on=step.measured_on if step else None,
             threads=step.threads if step else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from medseg.core.errors import InputError
 from medseg.plan.cost import estimate
 from medseg.plan.plan import Configuration, Decision, Plan
 from medseg.plan.scale import Target
@@ -39,14 +40,22 @@ class Unlabelled:
         return replace(target, budgets=budgets, memory=target.memory // (2 if self.teacher else 1))
 
     def decided(self, plan: Plan, cases: int, target: Target) -> Plan:
-        """The plan with what is decided of unlabelled scans; costs hold them too."""
+        """The plan with what is decided of unlabelled scans; costs hold them too. No second stage is left:
+        of scans without labels nothing is known that was found by a model which did not learn from them.
+        InputError where a budget is given for one."""
+        alone = {name: c for name, c in plan.configurations.items() if c.previous is None}
+        if lost := [name for name in plan.configurations if name not in alone and name in target.budgets]:
+            raise InputError(
+                f"a budget is given for {lost[0]}, which cannot learn from scans without labels",
+                "Leave it out, or plan without --unlabelled",
+            )
         training = plan.training.model_copy(
             update={
                 "pretraining": self._pretraining() if self.pretrain else None,
                 "consistency": self._consistency() if self.teacher else None,
             }
         )
-        configurations = {name: self._costly(c, plan, cases, target) for name, c in plan.configurations.items()}
+        configurations = {name: self._costly(c, plan, cases, target) for name, c in alone.items()}
         return plan.model_copy(update={"training": training, "configurations": configurations})
 
     def _pretraining(self) -> Decision[float]:

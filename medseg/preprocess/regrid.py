@@ -30,8 +30,8 @@ def preprocess(
 
     Labels follow by ``resample(labels, onto=preprocess(...).grid)``, and a result goes home by
     resampling onto the scan's own grid. ``previous`` are the labels of the stage before, on the scan's
-    grid, where there is one; ``box`` what is `occupied`, where that is known. Raises InputError where
-    the channels are not the plan's.
+    grid, where there is one: each becomes a further channel of 0 and 1, after the scan's. ``box`` is
+    what is `occupied`, where that is known. Raises InputError where the channels are not the plan's.
     """
     box = box or occupied(volume, configuration.orientation)
     onto, cropped, rules = network_grid(box, configuration), crop(volume, box), plan.normalisation.value
@@ -43,14 +43,24 @@ def preprocess(
         return scales[channel](values)
 
     if configuration.grid == "spacing":
-        return resample(cropped, onto, prepare=prepare)
+        image = resample(cropped, onto, prepare=prepare)
+        if previous is None:
+            return image
+        found = resample(previous, onto=image.grid).values
+        return _with_labels(image, np.stack([found == number for number in plan.label_set.numbers]))
     thick = thick_axis(box.spacing, target_spacing(box, configuration), configuration.thick)
     image = stretch(cropped, onto, thick=thick, prepare=prepare)
     if previous is None:
         return image
     outside = ~filled(crop(volume, box))
-    more = _one_hot(resample(previous, onto=box), outside, image.grid, plan.label_set.numbers, thick)
-    return Volume(np.concatenate([image.values, more]), image.grid)
+    return _with_labels(
+        image, _one_hot(resample(previous, onto=box), outside, image.grid, plan.label_set.numbers, thick)
+    )
+
+
+def _with_labels(image: Volume, labels: NDArray[np.bool_]) -> Volume:
+    """An image with a further channel of 0 and 1 for each of the ``labels`` (labels, X, Y, Z)."""
+    return Volume(np.concatenate([image.values, labels.astype(np.float32)]), image.grid)
 
 
 def masked(plan: Plan) -> bool:
@@ -69,8 +79,8 @@ def network_grid(box: Grid, configuration: Configuration) -> Grid:
 
 def _one_hot(
     labels: LabelMap, outside: NDArray[np.bool_], onto: Grid, numbers: tuple[int, ...], thick: int | None
-) -> NDArray[np.float32]:
-    """A channel (labels, X, Y, Z) for each label: 1 where it has the largest linearly interpolated
+) -> NDArray[np.bool_]:
+    """A mask (labels, X, Y, Z) for each label: true where it has the largest linearly interpolated
     weight, what is ``outside`` the patient being a label of its own. A tie goes to the label of the
     nearest voxel, if it is one of those that tie, or else to the lowest."""
     values = np.where(outside & (labels.values == 0), -1, labels.values.astype(np.int32))
@@ -86,7 +96,7 @@ def _one_hot(
         winner[wins], best[wins] = number, weight[wins]
         np.copyto(of_near, weight, where=near == number)
     np.copyto(winner, near, where=of_near >= best - _ROUNDING)
-    return np.stack([winner == number for number in numbers]).astype(np.float32)
+    return np.stack([winner == number for number in numbers])
 
 
 def target_spacing(scan: Grid, configuration: Configuration) -> Spacing:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,26 @@ _CELL, _BIAS_CELL = 16, 32
 # Domain randomisation: knots of a contrast curve, how often it runs downwards, and the standard
 # deviations of a structure's own brightness and of the logarithm of the bias.
 _KNOTS, _DOWNWARDS, _OWN_BRIGHTNESS, _BIAS = 8, 0.3, 0.5, 0.3
+# Of the stage before, in how many patches its borders are off and in how many a piece is missing, and below
+# which share of a patch a piece may be (as in nnU-Net). By how many voxels of the finest axis borders are
+# off: cubes of these sides hold as many voxels as nnU-Net's balls of 1 to 8.
+_OFF_SHARE, _LOST_SHARE, _SMALL = 0.4, 0.2, 0.15
+_OFF_VOXELS = 1.0, 6.5
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """How what the stage before found is spoiled, structure by structure (L,), so that it is not merely copied.
+
+    They come in the ``order``. ``kind`` numbers one of `_KINDS`, 0 for none, by so many ``voxels``
+    (L, 3) to each side along each axis. ``lost`` says, from 0 to below 1, where in the row of a
+    structure's small pieces the one stands that is missing; NaN where none is.
+    """
+
+    order: NDArray[np.int64]
+    kind: NDArray[np.int64]
+    voxels: NDArray[np.int64]
+    lost: Float64
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class Variation:
     B-splines' coefficients, in voxels. The others are one per channel (C,), ``blur`` (standard
     deviations) and ``coarse`` (enlargement) one per channel and axis (C, 3), in voxels. Of domain
     randomisation: ``curve`` (C, knots) over the patch's range, ``own`` (C, classes) brightness, and
-    ``bias`` (*points), a logarithm.
+    ``bias`` (*points), a logarithm. ``mistakes`` are the stage before's, where there is one.
     """
 
     gamma: Float64
@@ -55,6 +76,7 @@ class Variation:
     curve: Float64 | None = None
     own: Float64 | None = None
     bias: Float64 | None = None
+    mistakes: Mistakes | None = None
 
 
 def draw(rng: np.random.Generator, plan: Plan, configuration: Configuration) -> Variation:
@@ -77,6 +99,7 @@ def draw(rng: np.random.Generator, plan: Plan, configuration: Configuration) -> 
         coarse=_draw_coarse(rng, settings, configuration, channels),
         noise=np.full(channels, rng.uniform(0, settings.noise)),
         dropped=optional & (rng.random(channels) < settings.channel_dropout),
+        mistakes=_draw_mistakes(rng, len(plan.labels), configuration) if configuration.previous else None,
     )
     return _randomised(rng, variation, plan, configuration) if settings.domain_randomisation else variation
 
@@ -193,16 +216,22 @@ def reach(variation: Variation, patch: Sequence[int]) -> Float64:
 
 
 def move(
-    images: Tensor, classes: Tensor, middles: Float64, variations: Sequence[Variation], configuration: Configuration
+    images: Tensor,
+    classes: Tensor,
+    middles: Float64,
+    variations: Sequence[Variation],
+    configuration: Configuration,
+    masks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Patches (B, C, *patch) float32 and their classes (B, *patch) int64 out of boxes of cases (B, C,
     *box) and (B, *box), in 2D without the slice axis.
 
     ``middles`` (B, 3) says where in its box the middle of each patch is to come from. A patch without
     a matrix is the box's first corner; the others are interpolated, linearly for images and to the
-    nearest voxel for classes, with zeros outside of the box.
+    nearest voxel for classes, with zeros outside of the box. The last ``masks`` channels are found
+    labels, and go with the classes.
     """
-    axes = _axes(configuration)
+    axes, soft = _axes(configuration), images.shape[1] - masks
     patch = [configuration.patch.value[a] for a in axes]
     still = [i for i, v in enumerate(variations) if v.matrix is None]
     moving = [i for i, v in enumerate(variations) if v.matrix is not None]
@@ -214,10 +243,12 @@ def move(
     if moving:
         grid = _grid(images, middles[moving], [variations[i] for i in moving], configuration)
         boxes, labels = (values if not still else values[moving] for values in (images, classes))
-        linear = F.grid_sample(boxes.float(), grid, mode="bilinear", align_corners=False)
+        linear = F.grid_sample(boxes[:, :soft].float(), grid, mode="bilinear", align_corners=False)
         nearest = F.grid_sample(labels.unsqueeze(1).float(), grid, mode="nearest", align_corners=False).squeeze(1)
         for row, i in enumerate(moving):
-            out[i], found[i] = linear[row], nearest[row]
+            out[i, :soft], found[i] = linear[row], nearest[row]
+        if masks:
+            out[moving, soft:] = F.grid_sample(boxes[:, soft:].float(), grid, mode="nearest", align_corners=False)
     return out, found
 
 
@@ -400,6 +431,71 @@ def _coarser(size: int, enlargement: float) -> Float64:
     means = (high - low) / (size / count)
     middles = (edges[:-1] + edges[1:]) / 2
     return np.stack([np.interp(np.arange(size) + 0.5, middles, one) for one in means.T], axis=1)
+
+
+# ---- the stage before ---------------------------------------------------------------------------
+
+
+def _draw_mistakes(rng: np.random.Generator, labels: int, configuration: Configuration) -> Mistakes:
+    off, lost = rng.random() < _OFF_SHARE, rng.random() < _LOST_SHARE
+    sides = rng.uniform(*_OFF_VOXELS, (labels, 1)) * _finest(configuration)
+    return Mistakes(
+        order=rng.permutation(labels),
+        kind=rng.integers(1, len(_KINDS), labels) * off,
+        voxels=np.rint(sides).astype(np.int64),
+        lost=np.where(lost, rng.random(labels), np.nan),
+    )
+
+
+def mistaken(found: Tensor, mistakes: Mistakes, configuration: Configuration) -> Tensor:
+    """Make mistakes in what the stage before found (L, *patch), 0 or 1 and no two labels in a voxel, in
+    place. What a structure grows over is no other's. Structure by structure: masks grown, shrunk,
+    opened or closed by a cube, as if they went on beyond the patch; then small pieces lost. After nnU-Net's
+    cascades (Isensee et al., Nature Methods 2021)."""
+    sides = mistakes.voxels[:, _axes(configuration)]
+    for label in mistakes.order:
+        shape = _KINDS[mistakes.kind[label]]
+        if shape is not None and found[label].any():
+            mask = shape(found[label], sides[label])
+            found.masked_fill_(mask > found[label], 0)
+            found[label] = mask
+    for label in np.flatnonzero(~np.isnan(mistakes.lost)):
+        found[label] = _without_piece(found[label], mistakes.lost[label])
+    return found
+
+
+def _grown(mask: Tensor, sides: NDArray[np.int64]) -> Tensor:
+    for axis, side in enumerate(sides.tolist()):
+        rows = mask.movedim(axis, -1)
+        wide = F.max_pool1d(rows.reshape(1, -1, rows.shape[-1]), 2 * side + 1, stride=1, padding=side)
+        mask = wide.view(rows.shape).movedim(-1, axis)
+    return mask
+
+
+def _shrunk(mask: Tensor, sides: NDArray[np.int64]) -> Tensor:
+    return 1 - _grown(1 - mask, sides)
+
+
+def _opened(mask: Tensor, sides: NDArray[np.int64]) -> Tensor:
+    return _grown(_shrunk(mask, sides), sides)
+
+
+def _closed(mask: Tensor, sides: NDArray[np.int64]) -> Tensor:
+    return _shrunk(_grown(mask, sides), sides)
+
+
+_KINDS = (None, _grown, _shrunk, _opened, _closed)
+
+
+def _without_piece(mask: Tensor, where: float) -> Tensor:
+    """A mask without that of its small pieces which stands at ``where`` in their row; as it is where it has
+    none. A piece is what touches by faces, edges or corners."""
+    parts, _ = ndimage.label(mask.cpu().numpy(), np.ones((3,) * mask.ndim))
+    sizes = np.bincount(parts.ravel())[1:]
+    small = 1 + np.flatnonzero(sizes < _SMALL * mask.numel())
+    if not len(small):
+        return mask
+    return mask * _tensor(parts != small[int(where * len(small))], mask)
 
 
 # ---- both ---------------------------------------------------------------------------------------

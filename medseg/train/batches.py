@@ -18,7 +18,7 @@ from medseg.core.errors import InputError
 from medseg.infer.budget import free_memory
 from medseg.io.store import StoredCase
 from medseg.plan.plan import Configuration, Plan
-from medseg.train.augment import Variation, change, draw, move, reach
+from medseg.train.augment import Variation, change, draw, mistaken, move, reach
 from medseg.train.loss import IGNORED
 from medseg.train.ranks import ALONE, Ranks
 from medseg.train.sample import Place, draw_case, draw_place, holders
@@ -41,7 +41,8 @@ class Batches:
     A batch depends on the seed and the step alone; each of several ``ranks`` makes its share of it.
     Cases are kept on the device once they are read where all of them fit there, else in memory, else
     read in part each time; they may take a share ``room`` of what a run's cases may. Of unlabelled cases
-    every voxel's class is `IGNORED`.
+    every voxel's class is `IGNORED`. Of a second stage the last channels are what the first found: they
+    are moved with the classes, and given mistakes where the others' intensities are changed.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Batches:
     ) -> None:
         self.plan, self.configuration, self.cases, self.seed, self.device = plan, configuration, cases, seed, device
         self.share, self._rank = ranks.share(configuration.batch.value), ranks.rank
+        self._channels, self._inputs = len(plan.channels), plan.inputs(configuration)
         self._holders = holders(cases)
         self._class_of = _classes(plan)
         self._as_they_are = np.array_equal(self._class_of[:-1], np.arange(len(self._class_of) - 1))
@@ -80,12 +82,20 @@ class Batches:
         if flat is not None:
             images, classes = images.squeeze(2 + flat), classes.squeeze(1 + flat)
         images, classes = (values.to(self.device, non_blocking=True) for values in (images, classes))
-        return *move(images, classes, middles, variations, self.configuration), variations
+        masks = self._inputs - self._channels
+        return *move(images, classes, middles, variations, self.configuration, masks), variations
 
     def changed(self, step: int, images: Tensor, classes: Tensor, variations: list[Variation]) -> Tensor:
         """What `moved` gave with its intensities changed, in place."""
         noise = int(np.random.default_rng([self.seed, 2, step, self._rank]).integers(2**62))
-        return change(images, classes, variations, self.configuration, noise)
+        if self._inputs == self._channels:
+            return change(images, classes, variations, self.configuration, noise)
+        scan = images[:, : self._channels].contiguous()
+        images[:, : self._channels] = change(scan, classes, variations, self.configuration, noise)
+        for image, variation in zip(images, variations, strict=True):
+            if variation.mistakes is not None:
+                mistaken(image[self._channels :], variation.mistakes, self.configuration)
+        return images
 
     def _draw(self, number: int) -> tuple[Place, Variation]:
         rng = np.random.default_rng([self.seed, 0, number])
@@ -112,9 +122,7 @@ class Batches:
         device = self.device if self._on_device else torch.device("cpu")
         # From pinned memory a GPU fetches by itself, while this thread goes on.
         pinned = self.device.type == "cuda" and not self._on_device
-        images = torch.zeros(
-            (len(drawn), len(self.plan.channels), *shape), dtype=torch.float16, device=device, pin_memory=pinned
-        )
+        images = torch.zeros((len(drawn), self._inputs, *shape), dtype=torch.float16, device=device, pin_memory=pinned)
         classes = torch.zeros((len(drawn), *shape), dtype=torch.int16, device=device, pin_memory=pinned)
         for i, (place, _) in enumerate(drawn):
             self._fill(images[i], classes[i], place.case, lows[i], shape)

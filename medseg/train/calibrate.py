@@ -126,6 +126,7 @@ def _segment(
         volume,
         package.plan,
         package.configuration_name,
+        previous=predictor.before(volume),
         threads=predictor.threads,
         temperature=temperature,
         keep=keep,

@@ -164,6 +164,11 @@ def _require_one_model(name: str, folds: Mapping[int, ModelPackage]) -> None:
             raise InputError(
                 f"{name} fold {fold} was trained by another plan than fold {first}", "Train them by one plan"
             )
+        if package.provenance.get("previous") != folds[first].provenance.get("previous"):
+            raise InputError(
+                f"{name} fold {fold} was told what other models found than fold {first}",
+                f"Preprocess {name} and train its folds anew",
+            )
     seen: dict[str, int] = {}
     for fold, package in folds.items():
         for case in package.held_out:
@@ -283,14 +288,19 @@ def _structure(
 
 
 def _ensemble(
-    folds: Mapping[int, ModelPackage], measured: Fingerprint, evaluation: Evaluation, refinement: Refinement | None
+    folds: Mapping[int, ModelPackage],
+    measured: Fingerprint,
+    evaluation: Evaluation | None = None,
+    refinement: Refinement | None = None,
 ) -> ModelPackage:
-    """The folds' networks as members of one package, and what is known of them together."""
+    """The folds' networks as members of one package, and what is known of them together; likewise the
+    stage before of each, if they have one."""
     packages = list(folds.values())
     first = packages[0]
     seen = {case for package in packages for case in package.trained_on}
     trained_on = tuple(row.id for row in measured.cases if row.id in seen)
     alike = [name for name in ("seed", "steps", "start") if len({p.provenance.get(name) for p in packages}) == 1]
+    before = {fold: package.previous for fold, package in folds.items() if package.previous is not None}
     calibrations = [package.calibration for package in packages if package.calibration is not None]
     return ModelPackage(
         plan=first.plan,
@@ -312,4 +322,10 @@ def _ensemble(
         calibration=pooled(calibrations),
         refinement=refinement,
         evaluation=evaluation,
+        previous=_ensemble(before, measured) if before else None,
+        engines={
+            name: min((p.engines[name] for p in packages), key=lambda found: found.least_dice)
+            for name in packages[0].engines
+            if all(name in p.engines for p in packages)
+        },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
@@ -63,16 +63,28 @@ class StoppedError(MedsegError):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is given besides its plan: which configuration and fold, and the options."""
+    """What a run is given besides its plan: which configuration and fold, and the options. Of a second
+    stage ``previous`` are the first stage's models by digest, fold by fold: what each found in the cases
+    that it held out is what this one is told of them."""
 
     configuration: str
     fold: int
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+    previous: tuple[str, ...] = ()
     seed: int = 0
     device: str = "auto"
     threads: int = 1
     deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Before:
+    """The stage before a fold's: the model that held the same cases out, and what it found in them, on
+    their own grids."""
+
+    package: ModelPackage
+    found: Mapping[str, LabelMap]
 
 
 class Feeding(Protocol):
@@ -121,6 +133,7 @@ def train(
     *,
     unlabelled: Sequence[StoredCase] = (),
     validation: Sequence[tuple[str, Volume, LabelMap]] = (),
+    before: Before | None = None,
     progress: Callable[[Progress], None] = lambda now: None,
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
@@ -136,12 +149,14 @@ def train(
     predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
     step. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
     to begin with, as far as they are `fitting`. A plan that has a mean teacher needs ``unlabelled`` cases.
+    A second stage needs what comes ``before`` it, which goes into its package.
 
     A loss that is no number brings the run back to its last checkpoint, to go on at half the learning
     rate, once. Raises MedsegError where that happens again, or another run has the same place, and
     `StoppedError`, with a checkpoint written, where it was asked to.
     """
     device, configuration, cases = prepare(plan, setup, store, ranks)
+    found = _found(configuration, setup, before)
     taught = plan.training.consistency
     if taught and not unlabelled:
         raise InputError("the plan has a mean teacher, and there are no unlabelled cases", "Run `medseg preprocess`")
@@ -156,7 +171,7 @@ def train(
         loss=beside(plan) if taught else loss_of(plan),
         ask=partial(answered, plan) if taught else None,
         identity=identity_of(plan, setup, ranks, start, unlabelled if taught else ()),
-        check=(lambda network: validate(network, validation, plan, setup.configuration, device))
+        check=(lambda network: validate(network, validation, plan, setup.configuration, device, found))
         if validation
         else None,
     )
@@ -168,8 +183,29 @@ def train(
         trained_on=setup.train,
         held_out=setup.held_out,
         provenance=provenance(learner, course, setup, device),
+        previous=before.package if before else None,
     )
     return package, records
+
+
+def _found(configuration: Configuration, setup: Setup, before: Before | None) -> Mapping[str, LabelMap]:
+    """What the stage before found in the cases held out; nothing where there is none. Raises InputError where
+    it is another one, is missing, or has seen a case that this fold holds out."""
+    name, wanted = setup.configuration, configuration.previous
+    if wanted is None and before is None:
+        return {}
+    if before is None or before.package.configuration_name != wanted or before.package.digest() not in setup.previous:
+        raise InputError(
+            f"{name} takes the labels of {wanted or 'no other model'}, and that is not what it is given",
+            f"Train and predict {wanted} first" if wanted else "Leave the other model out",
+        )
+    if seen := sorted({*setup.held_out} - {*before.package.held_out}) or sorted(
+        {*setup.held_out} & {*before.package.trained_on}
+    ):
+        raise InputError(
+            f"{wanted} did not hold it out in fold {setup.fold}", "Train both by one folds.json", case=seen[0]
+        )
+    return before.found
 
 
 def prepare(
@@ -181,11 +217,14 @@ def prepare(
     device = ranks.device(pick_device(setup.device))
     _repeatable(setup.deterministic, device)
     configuration = plan.configuration(setup.configuration)
-    if configuration.previous is not None:
-        raise InputError("training on another model's labels is not done here", "Plan anew")
+    if configuration.previous is not None and plan.training.wants_unlabelled:
+        raise InputError(
+            f"{setup.configuration} takes another model's labels, and cannot learn from scans without any",
+            "Plan without --unlabelled, or train another configuration",
+        )
     if configuration.steps is None:
         raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")
-    store.require(plan.preparation(setup.configuration), setup.configuration)
+    store.require(plan.preparation(setup.configuration), setup.configuration, setup.previous)
     cases = [store.read(case) for case in setup.train]
     if not cases:
         raise InputError(f"fold {setup.fold} has no case to train on", "Correct folds.json")
@@ -206,6 +245,7 @@ def identity_of(
         "ranks": ranks.count,
         "start": start.digest() if start else None,
         **({"unlabelled": [case.id for case in unlabelled]} if unlabelled else {}),
+        **({"previous": list(setup.previous)} if setup.previous else {}),
     }
 
 
@@ -225,7 +265,7 @@ def provenance(learner: Learner, course: Course, setup: Setup, device: torch.dev
         "start": identity["start"],
         "seconds": round(learner.seconds, 1),
         "plan": identity["plan"],
-        **({"unlabelled": identity["unlabelled"]} if "unlabelled" in identity else {}),
+        **{name: identity[name] for name in ("unlabelled", "previous") if name in identity},
     }
 
 
@@ -325,7 +365,7 @@ class Learner:
         """One that has learnt nothing yet, or what ``start`` has."""
         torch.manual_seed(seed)
         plan = course.plan
-        network = build(course.configuration, len(plan.channels), course.outputs)
+        network = build(course.configuration, plan.inputs(course.configuration), course.outputs)
         if start:
             network.load_state_dict(fitting(start, network)[0], strict=False)
         network = network.to(device)
@@ -487,7 +527,7 @@ def require_fit(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     require_room(
         configuration.model_copy(update={"batch": share}),
-        len(plan.channels),
+        plan.inputs(configuration),
         outputs,
         int(_RECKONING * free),
         kind="gpu" if device.type == "cuda" else "cpu",
@@ -516,14 +556,15 @@ def validate(
     plan: Plan,
     configuration: str,
     device: torch.device,
+    before: Mapping[str, LabelMap] | None = None,
 ) -> tuple[dict[str, Any], Rgb]:
     """Mean Dice over the cases, of all labels as "dice", and of each as "dice_by_label"; and a picture of
-    the first few of them."""
+    the first few of them. ``before`` is what a stage before found in them, if there is one."""
     scores: dict[str, list[float]] = {label.name: [] for label in plan.label_set}
     engine = TorchEngine([network], plan.configuration(configuration), plan.outputs, device)
     pictures: list[Rgb] = []
-    for _, volume, reference in cases:
-        found = segment(engine, volume, plan, configuration).label_map
+    for case, volume, reference in cases:
+        found = segment(engine, volume, plan, configuration, previous=(before or {}).get(case)).label_map
         if len(pictures) < _PICTURED:
             pictures.append(picture(volume, found, reference))
         for label in plan.label_set:

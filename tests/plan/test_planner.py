@@ -14,6 +14,7 @@ from medseg.plan.fingerprint import CasePrint, Fingerprint, Intensities, LabelPl
 from medseg.plan.plan import Configuration, Decision, Plan, parse_plan
 from medseg.plan.planner import plan
 from medseg.plan.scale import SIZES, Target
+from medseg.plan.unlabelled import Unlabelled
 
 ORGAN = LabelSet.from_names(["organ"])
 GIB = 2**30
@@ -273,6 +274,62 @@ def test_scans_much_larger_than_a_patch_are_seen_at_low_resolution_too() -> None
         alike((160, 160, 160), (1, 1, 1), Target("gpu", budgets={"3d-low": 9.0}))
 
 
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+def test_where_there_is_low_resolution_a_second_stage_comes_after_it(machine: str) -> None:
+    decided = alike(*CT, machine, channels=("CT",))
+    full, second = decided.configurations["3d"], decided.configurations["3d-cascade"]
+    assert list(decided.configurations) == ["3d", "2d", "3d-low", "3d-cascade"]
+    assert second.previous == "3d-low"
+    for what in ("spacing", "patch", "batch", "network"):
+        assert getattr(second, what).value == getattr(full, what).value
+    assert "told by 3d-low" in second.patch.reason
+    assert second.cost is not None
+    assert full.cost is not None
+    # One label more goes in: the voxels of a patch and of the cases take so much more.
+    voxels = np.prod(full.patch.value) * full.batch.value
+    assert second.cost.memory_bytes - full.cost.memory_bytes == pytest.approx(4 * voxels, rel=0.2)
+    assert second.cost.seconds_per_step > full.cost.seconds_per_step
+    assert second.cost.disk_bytes - full.cost.disk_bytes == pytest.approx(3 * 2 * np.prod(CT[0]), rel=1e-3)
+
+
+def test_a_second_stage_has_a_budget_of_its_own_where_there_is_one() -> None:
+    steps = alike(*CT, Target("gpu", budgets={"": 3600.0, "3d-cascade": 60.0})).configurations["3d-cascade"].steps
+    assert steps is not None
+    assert "60 s" in steps.reason
+    with pytest.raises(InputError, match="3d-cascade, which is not planned"):
+        alike((160, 160, 160), (1, 1, 1), Target("gpu", budgets={"3d-cascade": 9.0}))
+
+
+def test_a_second_stage_of_many_structures_is_no_larger_than_memory_allows() -> None:
+    labels = LabelSet.from_names([f"structure {n}" for n in range(104)])
+    fingerprint = measured([CT[0]] * 3, [CT[1]] * 3)
+    row = fingerprint.cases[0]
+    cases = tuple(
+        row.model_copy(
+            update={
+                "id": f"c{n}",
+                "image_hash": str(n),
+                "label_mm3": dict.fromkeys(labels.numbers, 100.0),
+                "label_places": dict.fromkeys(labels.numbers, row.label_places[1]),
+            }
+        )
+        for n in range(3)
+    )
+    target = Target("gpu", 12 * GIB, half=True)
+    decided = plan(fingerprint.model_copy(update={"cases": cases}), labels, target)
+    second = decided.configurations["3d-cascade"]
+    assert second.cost is not None
+    assert second.cost.memory_bytes + GPU_OVERHEAD <= target.memory
+    assert decided.inputs(second) == 105
+
+
+def test_what_learns_from_scans_without_labels_has_no_second_stage() -> None:
+    decided, target, wanted = alike(*CT, "gpu"), Target("gpu", half=True), Unlabelled(5, pretrain=True)
+    assert list(wanted.decided(decided, 3, target).configurations) == ["3d", "2d", "3d-low"]
+    with pytest.raises(InputError, match="3d-cascade, which cannot learn from scans without labels"):
+        wanted.decided(decided, 3, Target("gpu", budgets={"3d-cascade": 60.0}))
+
+
 def test_thick_slices_stay_until_pixels_come_near_them() -> None:
     low = alike((512, 512, 100), (0.8, 0.8, 5.0), channels=("CT",)).configurations["3d-low"]
     x, _, z = low.spacing.value
@@ -315,7 +372,7 @@ def test_what_is_measured_sets_size_length_and_cost(speed: float) -> None:
     assert 0.45 * 900 <= c.steps.value * c.cost.seconds_per_step <= 900 or c.steps.value in (1, 250_000)
     assert "measured" in c.patch.reason
     assert "as measured" in c.steps.reason
-    assert len([a for a in bench.asked if a.dimensions == 3]) <= 3
+    assert len([a for a in bench.asked if a.dimensions == 3 and not a.previous]) <= 3
     assert any(a.patch.value == c.patch.value and a.network == c.network for a in bench.asked)
 
 
@@ -408,7 +465,7 @@ def test_every_plan_fits_its_bounds_and_says_why(cases: Any, target: Target) -> 
         assert target.kind == "cpu"
         assert fingerprint.shapes.prod(axis=1).max() > 5e7 or (fingerprint.shapes * spacing).prod(axis=1).max() > 1e7
         return
-    assert {"3d", "2d"} <= set(decided.configurations) <= {"3d", "2d", "3d-low"}
+    assert {"3d", "2d"} <= set(decided.configurations) <= {"3d", "2d", "3d-low", "3d-cascade"}
     for name, c in decided.configurations.items():
         patch, network = np.array(c.patch.value), c.network.value
         assert (patch % network.divisor == 0).all()
@@ -432,7 +489,7 @@ def test_every_plan_fits_its_bounds_and_says_why(cases: Any, target: Target) -> 
         assert c.cost.measured_on is None
         assert "not measured" in c.patch.reason
         assert "not measured" in c.steps.reason
-        memory = estimate(c, 1, 2, kind=target.kind, half=target.half).memory_bytes
+        memory = estimate(c, decided.inputs(c), 2, kind=target.kind, half=target.half).memory_bytes
         assert c.cost.memory_bytes == memory
         assert (memory + GPU_OVERHEAD if target.kind == "gpu" else c.cost.ram_bytes) <= target.memory
         budget = target.budget(name)

@@ -208,3 +208,27 @@ def test_real_hippocampi_come_home_nearly_whole(shared_data: Any) -> None:
             assert 2 * (one & other).sum() / (one.sum() + other.sum()) > 0.9
             drift = np.abs(centroid(home, number) - centroid(labels, number))
             assert (drift < 0.25).all()
+
+
+# ---- the stage before ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 1), (0.5, 1, 2)])
+def test_what_the_stage_before_found_lies_as_the_labels_do(spacing: Any) -> None:
+    rng = np.random.default_rng(0)
+    values = np.zeros((14, 12, 10), dtype=np.uint8)
+    values[2:8, 3:9, 2:7], values[9:13, 3:9, 2:7] = 1, 4
+    affine = np.diag([-1.0, 1.0, 1.0, 1.0])
+    grid = Grid((14, 12, 10), affine)
+    labels = LabelMap(values, grid, LabelSet.from_names(["a", "b", "c", "d"]))
+    volume = Volume((values + rng.normal(5, 1, values.shape)).astype(np.float32)[None], grid)
+    plan, configuration = planned(spacing, (CT,))
+    plan = plan.model_copy(
+        update={"labels": (plan.labels[0], plan.labels[0].model_copy(update={"name": "d", "number": 4}))}
+    )
+    alone, both = (preprocess(volume, plan, configuration, before) for before in (None, labels))
+    assert both.grid == alone.grid
+    assert both.values.dtype == np.float32
+    assert np.array_equal(both.values[:1], alone.values)
+    on = resample(labels, onto=alone.grid).values
+    assert np.array_equal(both.values[1:], np.stack([on == 1, on == 4]))

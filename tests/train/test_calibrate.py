@@ -39,6 +39,9 @@ class StubPredictor:
         network = TooSure(package.provenance["factor"])
         self.engine = TorchEngine([network], package.configuration, 3, torch.device("cpu"), precision="f32")
 
+    def before(self, volume: Volume) -> None:
+        """It has no stage before."""
+
 
 def scan(case: str) -> tuple[Volume, LabelMap]:
     """Labels drawn with the probabilities that the brightness stands for: two bright balls and two dark

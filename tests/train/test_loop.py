@@ -552,7 +552,7 @@ def test_validation_means_by_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     first, second = (labels for _, _, labels in pairs)
     without = type(second)(np.where(second.values == 2, 0, second.values).astype(np.uint8), second.grid, second.labels)
     answers = iter([first, type(first)(np.zeros_like(second.values), second.grid, second.labels)])
-    monkeypatch.setattr(loop, "segment", lambda *_: Segmentation(next(answers), Tally.empty(3, 1.0), None))
+    monkeypatch.setattr(loop, "segment", lambda *_, **__: Segmentation(next(answers), Tally.empty(3, 1.0), None))
     cases = [pairs[0], (pairs[1][0], pairs[1][1], without)]
     found, image = validate(torch.nn.Identity(), cases, bench.plan, bench.name, CPU)
     assert image.dtype == np.uint8

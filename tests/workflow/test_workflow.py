@@ -94,6 +94,8 @@ def test_one_task_can_be_named_on_the_command_line(configured):
         ({"tasks": ["nowhere"]}, "nowhere"),
         ({"splits": {"Task01": "splits.json"}}, "Task01"),
         ({"phantoms": {"tasks": ["heart"]}}, "heart"),
+        ({"configurations": ["3d", "3d-cascade"], "folds": [0, 1, 2, 3, 4]}, "Add 3d-low"),
+        ({"configurations": ["3d-low", "3d-cascade"], "folds": [0, 1]}, "all folds of 3d-low"),
     ],
 )
 def test_a_wrong_configuration_stops_before_anything_runs(tmp_path, settings, named):
@@ -103,6 +105,17 @@ def test_a_wrong_configuration_stops_before_anything_runs(tmp_path, settings, na
     assert len(wrong) == 1, said
     assert named in wrong[0]
     assert not (tmp_path / "results").exists()
+
+
+def test_a_second_stage_waits_for_all_folds_of_the_first(configured):
+    said = snakemake(
+        "--dry-run", "--config", "tasks=Task98_Tiny", "configurations=[3d-low,3d-cascade]", "folds=[0,1,2]",
+        "of_folds=3", "results=staged", folder=configured,
+    )  # fmt: skip
+    rules = said.split("rule preprocess:")
+    (second,) = [part for part in rules if "output: staged/Task98_Tiny/3d-cascade/preprocessed" in part]
+    for fold in range(3):
+        assert f"staged/Task98_Tiny/3d-low/fold{fold}/predictions/predictions.json" in second[: second.index("output:")]
 
 
 def test_a_job_that_fails_shows_why(tmp_path, tiny_task):
