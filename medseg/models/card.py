@@ -67,7 +67,9 @@ def _data(package: ModelPackage) -> Iterator[str]:
     elif package.provenance.get("training_cases"):
         yield f"- trained on {package.provenance['training_cases']} cases"
     made = package.provenance
-    if scans := {scan for one in (made, *made.get("folds", {}).values()) for scan in one.get("unlabelled", ())}:
+    # The folds of an imported model are checksums.
+    parts = (one for one in (made, *made.get("folds", {}).values()) if isinstance(one, dict))
+    if scans := {scan for one in parts for scan in one.get("unlabelled", ())}:
         yield f"- learnt from {len(scans)} scans without labels too; a score on these would say too much"
 
 
