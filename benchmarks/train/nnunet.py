@@ -55,7 +55,7 @@ def trainer_of(fold: int, threads: int):
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(threads)
-    trainer = get_trainer_from_args("4", CONFIGURATION, fold, "nnUNetTrainer", "nnUNetPlans", torch.device("cpu"))
+    trainer = get_trainer_from_args("4", CONFIGURATION, fold, device=torch.device("cpu"))
     trainer.on_train_start()
     return trainer
 

@@ -225,7 +225,7 @@ class Training(Strict):
     names one of `medseg.train.loss`. ``optimiser``: AdamW, or SGD with Nesterov's momentum of 0.99 as nnU-Net
     has it, which wants a rate of its own (nnU-Net's is 0.01). Voxels with the number ``ignore_label``
     count for nothing. ``compile``: by torch.compile, which needs a C++ compiler and a minute before the
-    first step, and then saves some of each.
+    first step; for GPUs, as it makes a processor slower.
 
     Two ways to learn from scans without labels, those that the task lists under ``test``.
     ``pretraining``: before a run, and for so many times its steps, the network learns to fill in what is
