@@ -11,8 +11,8 @@ from medseg.models.package import ModelPackage
 
 NO_EXPERIENCE = "it does not say what scans it was trained on"
 _ANOTHER = (
-    "Name one with -m where it is meant all the same; get another with `medseg models install PACKAGE`; or train one: "
-    "`medseg plan TASK -o RUN`, then `medseg train RUN --all-folds`"
+    "Get one with `medseg models install PACKAGE`, or train one: `medseg plan TASK -o RUN`, then `medseg train RUN "
+    "--all-folds`"
 )
 
 
@@ -57,5 +57,6 @@ def choose_model(volume: Volume, models: Mapping[str, ModelPackage | str]) -> st
         raise InputError(f"it is a scan for {len(fitting)} models on this machine ({names})", "Name one with -m")
     if not fitting:
         lines = "".join(f"\n  {name}: {reason}" for name, reason in why.items())
-        raise InputError("it is no scan for any model on this machine", f"{_ANOTHER}. Why not:{lines}")
+        remedy = f"{_ANOTHER}; or name one of these with -m where it is meant all the same"
+        raise InputError("it is no scan for any model on this machine", f"{remedy}. Why not:{lines}")
     return next(iter(fitting.values()))

@@ -52,8 +52,8 @@ class Size:
 
 # From small to large. A processor's time is better spent on more steps of a narrow network, and of patches
 # that hold 85 % of a case where cases are small, than on fewer of a wide one that sees all; below
-# 48x48x48 a patch is made smaller only after that. The first three and the fourth's share are as measured
-# on Task04 (benchmarks/train), the others rules of thumb.
+# 48x48x48 a patch is made smaller only after that. That order is as measured on Task04 (benchmarks/train);
+# the numbers are rules of thumb.
 _MOST_OF_IT = 0.85
 SIZES = (
     Size(24**3, 96**2, 8, 64, 0, _MOST_OF_IT),

@@ -1,4 +1,4 @@
-"""A task of which few cases are labelled, preprocessed."""
+"""One thread for all, and a task of which few cases are labelled, preprocessed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from medseg.core.resample import resample
 from medseg.dataset.task import load_case, load_image, load_task
@@ -17,6 +18,22 @@ from medseg.plan.plan import Decision, Plan
 from medseg.preprocess.regrid import preprocess
 from medseg.train.loop import Setup, train
 from medseg.train.pretrain import pretrain
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def same() -> Callable[[Any, Any], bool]:
+    """Whether two packages of one member hold the same weights, bit by bit."""
+
+    def compare(one: Any, other: Any) -> bool:
+        (a,), (b,) = one.members, other.members
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+    return compare
 
 
 class Few:

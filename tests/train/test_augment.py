@@ -25,11 +25,6 @@ from medseg.train.sample import Place
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def arrays(shape: tuple[int, int, int] = (20, 18, 22), channels: int = 2, seed: int = 0) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     return rng.normal(size=(channels, *shape)).astype(np.float16), rng.integers(0, 5, shape).astype(np.uint8)

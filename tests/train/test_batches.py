@@ -21,11 +21,6 @@ from medseg.train.loss import IGNORED
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> CaseStore:
     """Four cases, the last smaller than a patch; label 2 is in the first alone."""

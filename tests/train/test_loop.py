@@ -23,7 +23,6 @@ from medseg.infer.stream import Tally
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore
 from medseg.models.build import build
-from medseg.models.package import ModelPackage
 from medseg.plan.plan import Decision, Plan
 from medseg.preprocess.regrid import preprocess
 from medseg.train import loop
@@ -40,11 +39,6 @@ from medseg.train.loop import (
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +87,6 @@ def lasting(plan: Plan, steps: int) -> Plan:
 @pytest.fixture
 def bench(small_plan: Any, task: Task, tmp_path: Path) -> Bench:
     return Bench(small_plan(), task, tmp_path)
-
-
-def same(one: ModelPackage, other: ModelPackage) -> bool:
-    (a,), (b,) = one.members, other.members
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- it learns ----------------------------------------------------------------------------------
@@ -153,7 +142,7 @@ def renumbered(task: Task, folder: Path, numbers: dict[int, int]) -> Task:
 # ---- it repeats itself --------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_weights_bit_by_bit(bench: Bench) -> None:
+def test_the_same_seed_gives_the_same_weights_bit_by_bit(bench: Bench, same: Any) -> None:
     first, _ = bench.run("one", steps=10)
     second, _ = bench.run("two", steps=10)
     other, _ = bench.run("three", steps=10, seed=1)
@@ -174,7 +163,7 @@ def stop_at(step: int) -> Callable[[Progress], None]:
 
 @pytest.mark.parametrize("every", [0.0, 1e9], ids=["checkpoints", "at validations"])
 def test_interrupted_and_taken_up_again_it_ends_the_same(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, every: float
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, every: float, same: Any
 ) -> None:
     whole, records = bench.run("whole", steps=15, validate=True)
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", every)
@@ -191,7 +180,7 @@ def test_interrupted_and_taken_up_again_it_ends_the_same(
     assert parts.provenance["steps"] == 15
 
 
-def test_killed_and_taken_up_again_it_ends_the_same(bench: Bench, tmp_path: Path) -> None:
+def test_killed_and_taken_up_again_it_ends_the_same(bench: Bench, tmp_path: Path, same: Any) -> None:
     """kill -9, in the middle of whatever it is doing."""
     (tmp_path / "plan.json").write_text(bench.lasting(50).model_dump_json())
     script = (
@@ -221,7 +210,7 @@ def test_killed_and_taken_up_again_it_ends_the_same(bench: Bench, tmp_path: Path
     assert [r["step"] for r in records] == list(range(5, 51, 5))
 
 
-def test_a_run_that_has_ended_is_not_run_again(bench: Bench) -> None:
+def test_a_run_that_has_ended_is_not_run_again(bench: Bench, same: Any) -> None:
     first, records = bench.run()
     seen: list[Progress] = []
     second, again = bench.run(progress=seen.append)
@@ -245,7 +234,7 @@ def test_runs_that_differ_do_not_take_up_each_others_checkpoints(small_plan: Any
 
 
 def test_after_a_broken_checkpoint_the_earlier_one_and_after_that_none(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, same: Any
 ) -> None:
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0)
     whole, _ = bench.run()
@@ -286,7 +275,7 @@ def test_two_runs_in_one_folder_are_one_too_many(bench: Bench) -> None:
     bench.run()
 
 
-def test_sgd_learns_and_is_taken_up_again_too(small_plan: Any, task: Task, tmp_path: Path) -> None:
+def test_sgd_learns_and_is_taken_up_again_too(small_plan: Any, task: Task, tmp_path: Path, same: Any) -> None:
     usual = small_plan(learning_rate=1e-2)
     plan = usual.model_copy(update={"training": usual.training.model_copy(update={"optimiser": "sgd"})})
     assert plan.digest() != usual.digest()
@@ -310,7 +299,7 @@ def test_compiled_it_trains_the_same(bench: Bench) -> None:
     assert all(torch.allclose(mine[name], others[name], atol=1e-2) for name in mine)
 
 
-def test_asked_to_stop_it_saves_and_says_so(bench: Bench) -> None:
+def test_asked_to_stop_it_saves_and_says_so(bench: Bench, same: Any) -> None:
     whole, _ = bench.run("whole", steps=20)
     asked = iter([False] * 6 + [True])
     with pytest.raises(StoppedError, match=r"stopped at step 7 of 20.*goes on") as caught:
@@ -333,7 +322,7 @@ def test_how_a_plan_trains_may_change_without_preprocessing_anew(small_plan: Any
 # ---- from another model -------------------------------------------------------------------------
 
 
-def test_it_starts_from_what_fits_of_another_model(small_plan: Any, bench: Bench) -> None:
+def test_it_starts_from_what_fits_of_another_model(small_plan: Any, bench: Bench, same: Any) -> None:
     first, _ = bench.run("first", steps=10)
     again, _ = bench.run("again", steps=1, start=first)
     scratch, _ = bench.run("scratch", steps=1)
@@ -408,7 +397,7 @@ def test_the_second_time_it_stops(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     assert all(torch.isfinite(tensor).all() for tensor in kept[0].values())
 
 
-def test_killed_after_a_setback_it_ends_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_after_a_setback_it_ends_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch, same: Any) -> None:
     """The same loss being no number again."""
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(loop, "train_step", Spoiling(3))

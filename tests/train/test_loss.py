@@ -23,11 +23,6 @@ from medseg.train.loss import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def one_hot(target: torch.Tensor, classes: int, height: float = 30.0) -> torch.Tensor:
     """Logits that say what the target says."""
     return height * torch.nn.functional.one_hot(target, classes).movedim(-1, 1).float()

@@ -25,16 +25,6 @@ from medseg.train.pretrain import HidingBatches, heads_of, hidden, pretraining_p
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def same(one: Any, other: Any) -> bool:
-    (a,), (b,) = one.members, other.members
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 # ---- what is hidden -----------------------------------------------------------------------------
 
 
@@ -121,7 +111,7 @@ def test_the_heads_are_known_by_their_shape(small_plan: Any) -> None:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def test_it_learns_and_repeats_itself_and_training_starts_from_it(few: Any) -> None:
+def test_it_learns_and_repeats_itself_and_training_starts_from_it(few: Any, same: Any) -> None:
     bench = few(pretraining=8.0, steps=5)
     first = bench.pretrain("one")
     assert same(first, bench.pretrain("two"))
@@ -167,7 +157,7 @@ def test_plans_that_differ_in_what_comes_after_share_it(few: Any) -> None:
     assert bench.plan.digest() != changed.digest()
 
 
-def test_interrupted_and_taken_up_again_it_ends_the_same(few: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_taken_up_again_it_ends_the_same(few: Any, monkeypatch: pytest.MonkeyPatch, same: Any) -> None:
     bench = few(pretraining=2.0)
     whole = bench.pretrain("whole")
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0)
@@ -190,7 +180,7 @@ def test_interrupted_and_taken_up_again_it_ends_the_same(few: Any, monkeypatch: 
     assert not same(whole, other)
 
 
-def test_killed_in_either_phase_it_ends_the_same(few: Any, tmp_path: Path) -> None:
+def test_killed_in_either_phase_it_ends_the_same(few: Any, tmp_path: Path, same: Any) -> None:
     """kill -9 while it pretrains, and again while it trains beside a teacher."""
     bench = few(pretraining=1.0, consistency=1.0, steps=24)
     (tmp_path / "plan.json").write_text(bench.plan.model_dump_json())

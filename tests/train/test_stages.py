@@ -35,11 +35,6 @@ LIVELY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def staged(small_plan: Any, **options: Any) -> Plan:
     """A plan whose configuration comes after "3d-low", which it has too."""
     plan: Plan = small_plan(**options)
@@ -254,12 +249,9 @@ def stop_at(step: int) -> Callable[[Any], None]:
     return progress
 
 
-def same(one: ModelPackage, other: ModelPackage) -> bool:
-    (a,), (b,) = one.members, other.members
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_interrupted_and_taken_up_again_it_ends_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_taken_up_again_it_ends_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, same: Any
+) -> None:
     whole, records = bench.run("whole")
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0)
     for step in (3, 7):
@@ -288,7 +280,7 @@ def test_its_package_is_read_again_and_runs_the_first_stage(bench: Bench) -> Non
     assert made.label_map.grid == volume.grid
 
 
-def test_another_first_stage_is_another_run(bench: Bench) -> None:
+def test_another_first_stage_is_another_run(bench: Bench, same: Any) -> None:
     first, _ = bench.run()
     other = ("0" * 64, bench.first.digest())
     bench.store.finish(bench.store.cases(), bench.plan.preparation("3d"), "3d", other)

@@ -18,16 +18,6 @@ from medseg.train.teacher import Lesson, TaughtBatches, answered, beside, ramp
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def same(one: Any, other: Any) -> bool:
-    (a,), (b,) = one.members, other.members
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def batches_of(bench: Any) -> tuple[Batches, TaughtBatches]:
     make = partial(Batches, bench.plan, bench.plan.configuration("3d"), device=CPU)
     cases = [bench.store.read(c) for c in bench.setup.train]
@@ -123,7 +113,9 @@ def test_regions_are_compared_one_by_one(few: Any) -> None:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def test_a_run_with_a_teacher_repeats_itself_and_is_taken_up(few: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_teacher_repeats_itself_and_is_taken_up(
+    few: Any, monkeypatch: pytest.MonkeyPatch, same: Any
+) -> None:
     bench = few(consistency=5.0, steps=10)
     whole = bench.train("whole")
     assert whole.provenance["unlabelled"] == [case.id for case in bench.unlabelled]
@@ -140,7 +132,7 @@ def test_a_run_with_a_teacher_repeats_itself_and_is_taken_up(few: Any, monkeypat
     assert not same(whole, bench.train("other", unlabelled=bench.unlabelled[:1]))
 
 
-def test_the_teacher_makes_a_difference(few: Any) -> None:
+def test_the_teacher_makes_a_difference(few: Any, same: Any) -> None:
     with_, without = few(consistency=5.0, steps=10), few(steps=10)
     assert not same(with_.train("a"), without.train("b"))
     # Unlabelled cases that a plan does not want change nothing, not even which run it is.
