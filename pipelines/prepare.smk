@@ -57,6 +57,7 @@ rule plan:
         seed=config["seed"],
         machine="gpu" if HAS_GPU else "cpu",
         budgets=budget_options,
+        unlabelled=" ".join(f"--unlabelled {how}" for how in listed(config["unlabelled"])),
         # Steps are timed on as many cores as train, and beside nothing else.
         threads=cores(config["threads"]),
         splits=lambda wildcards, input: f"--splits {input.splits}" if input.splits else "",
@@ -67,7 +68,7 @@ rule plan:
         runtime=60,
     shell:
         "{MEDSEG} plan {params.task:q} -o {params.run:q} --folds {params.folds} --seed {params.seed} "
-        "--machine {params.machine} {params.budgets} --threads {params.threads} {params.splits} > {log} 2>&1"
+        "--machine {params.machine} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1"
 
 
 rule preprocess:

@@ -91,6 +91,7 @@ def test_one_task_can_be_named_on_the_command_line(configured):
         ({"configurations": ["4d"]}, "4d"),
         ({"folds": [5]}, "fold 5"),
         ({"device": "tpu"}, "device"),
+        ({"unlabelled": ["everything"]}, "unlabelled"),
         ({"tasks": ["nowhere"]}, "nowhere"),
         ({"splits": {"Task01": "splits.json"}}, "Task01"),
         ({"phantoms": {"tasks": ["heart"]}}, "heart"),
@@ -116,6 +117,17 @@ def test_a_second_stage_waits_for_all_folds_of_the_first(configured):
     (second,) = [part for part in rules if "output: staged/Task98_Tiny/3d-cascade/preprocessed" in part]
     for fold in range(3):
         assert f"staged/Task98_Tiny/3d-low/fold{fold}/predictions/predictions.json" in second[: second.index("output:")]
+
+
+@pytest.mark.parametrize(("wanted", "said"), [("[]", ""), ("teacher", " --unlabelled teacher")])
+def test_scans_without_labels_are_learnt_from_where_that_is_asked_for(configured, wanted, said):
+    given = ("tasks=Task98_Tiny", "results=more", f"unlabelled={wanted}")
+    (line,) = [
+        line
+        for line in snakemake("--dry-run", "--printshellcmds", "--config", *given, folder=configured).splitlines()
+        if " -m medseg plan " in line
+    ]
+    assert line.split("--budget 15m")[1].split(" --threads")[0].rstrip() == said
 
 
 def test_a_job_that_fails_shows_why(tmp_path, tiny_task):
