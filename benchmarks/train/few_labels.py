@@ -6,7 +6,8 @@
 Of TASK's first fold of five (by subject), 5, 10 and 20 training cases keep their labels, the fewer among the more,
 and the others are scans without. The held-out cases are predicted in the end, and nothing sees them before. Every arm
 takes as many supervised steps of the same network. One arm after the other; each is added to WORK/results.jsonl and
-not done again; one that was killed goes on from its checkpoint.
+not done again; one that was killed goes on from its checkpoint. Where --from names
+a model, there is an arm "fine-tuned".
 """
 
 import argparse
@@ -26,12 +27,13 @@ from medseg.evaluate.statistics import bootstrap
 from medseg.infer.predict import Predictor
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore
-from medseg.models.package import ModelPackage
+from medseg.models.package import ModelPackage, load_package
 from medseg.train.loop import Progress, Setup, train
 from medseg.train.pretrain import pretrain
 
-ARMS = {
+ARMS: dict[str, tuple[str, ...]] = {
     "from nothing": (),
+    "fine-tuned": (),
     "pretrained": ("pretrain",),
     "mean teacher": ("teacher",),
     "both": ("pretrain", "teacher"),
@@ -44,7 +46,8 @@ def main() -> None:
     parser.add_argument("task", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--labels", type=int, nargs="+", default=[5, 10, 20])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS))
+    parser.add_argument("--from", dest="start", type=Path, help="a model of another task, for the arm fine-tuned")
     parser.add_argument("--steps", type=int, default=1000, help="supervised steps of every arm")
     parser.add_argument("--features", type=int, help="of the network's first stage, doubled stage by stage")
     parser.add_argument("--pretraining", type=float, help="in place of the plan's own")
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--held-out", type=int, help="predict so many of the held-out cases only")
     given = parser.parse_args()
+    given.arms = given.arms or [arm for arm in ARMS if arm != "fine-tuned" or given.start]
     given.work.mkdir(parents=True, exist_ok=True)
     source = load_task(given.task)
     fold = make_folds(source, 5, seed=0)[0]
@@ -81,6 +85,7 @@ def key_of(given: argparse.Namespace, labels: int, arm: str, seed: int) -> dict[
         "features": given.features,
         "pretraining": given.pretraining if "pretrain" in ARMS[arm] else None,
         "consistency": given.consistency if "teacher" in ARMS[arm] else None,
+        "from": str(given.start) if arm == "fine-tuned" else None,
         "held out": given.held_out,
     }
 
@@ -100,7 +105,7 @@ def measured(given, source: Task, fold, labels: int, arm: str, seed: int) -> dic
     edit(run.plan_file, given)
     medseg("preprocess", run.path, "--threads", given.threads)
     begun = time.perf_counter()
-    package = trained(given, run, chosen, others, seed)
+    package = trained(given, run, arm, chosen, others, seed)
     seconds = time.perf_counter() - begun
     predictor = Predictor(package, "torch-cuda" if given.device == "cuda" else "torch-cpu", threads=given.threads)
     found = {}
@@ -111,14 +116,16 @@ def measured(given, source: Task, fold, labels: int, arm: str, seed: int) -> dic
     return {"dice": found, "seconds": round(seconds, 1), "labelled": chosen, "unlabelled": len(others)}
 
 
-def trained(given, run: RunFolder, chosen: list[str], others: list[str], seed: int) -> ModelPackage:  # type: ignore[no-untyped-def]
+def trained(given, run: RunFolder, arm: str, chosen, others, seed: int) -> ModelPackage:  # type: ignore[no-untyped-def]
     plan = run.plan()
     setup = Setup("3d", 0, tuple(chosen), (), seed, given.device, given.threads)
     # In one place, so that both arms that pretrain do so once.
     store, log = CaseStore(run.store("3d")), RunLog(run.path.parent / "checkpoints")
     scans = CaseStore(run.unlabelled("3d"))
     pool = [scans.read(case) for case in others] if plan.training.wants_unlabelled else []
-    start = pretrain(plan, setup, store, log, pool, progress=show) if plan.training.pretraining else None
+    start = load_package(given.start) if arm == "fine-tuned" else None
+    if plan.training.pretraining:
+        start = pretrain(plan, setup, store, log, pool, progress=show)
     return train(plan, setup, store, log, unlabelled=pool, start=start, progress=show)[0]
 
 
