@@ -47,7 +47,7 @@ def draw_place(
     case, else anywhere. Of those that are centred on a structure, ``class_share`` draw one of
     ``of_class`` (see `holders`), each as likely, and one of its cases in place of the one given, so
     that a structure which is in one case of a hundred is seen as often as another. The patch stays
-    within the array, or is centred on it along an axis where the array is shorter.
+    within the array, or has it in its middle, to a voxel, along an axis where the array is shorter.
     """
     structure = None
     wanted = rng.random() < foreground
@@ -65,5 +65,8 @@ def draw_place(
         middle = rng.random(3) * np.array(shape) - 0.5
     low = np.array([(p - 1) / 2 for p in patch])
     high = np.array([n - 1 - (p - 1) / 2 for n, p in zip(shape, patch, strict=True)])
-    centre = np.where(high <= low, (np.array(shape) - 1) / 2, np.clip(np.round(middle - low) + low, low, high))
+    # A patch that is longer by an odd number reaches one voxel farther on one side: were its voxels between
+    # those of the case, a mirrored one would be made of averages.
+    amid = np.floor((low + high) / 2 - low) + low
+    centre = np.where(high <= low, amid, np.clip(np.round(middle - low) + low, low, high))
     return Place(case, (float(centre[0]), float(centre[1]), float(centre[2])))

@@ -119,6 +119,19 @@ def test_mirrors_along_the_axes_that_the_plan_allows(small_plan: Any, tmp_path: 
     assert set(turned) == {(a, 1, c) for a in (1, -1) for c in (1, -1)}
 
 
+def test_a_mirrored_patch_of_a_small_case_has_all_its_labels(small_plan: Any, store: CaseStore) -> None:
+    """The case is 9, 12 and 7 voxels long, the patch 16: the middles of two axes are not the same."""
+    mirrored = {"spatial_share": 0, "intensity": 0, "gamma": 0, "noise": 0, "mirror": [1]}
+    case = store.read("case3")
+    made = make(small_plan(batch=1, augmentation=mirrored), [case])
+    expected = np.zeros((16, 16, 16), dtype=np.float32)
+    expected[4:13, 2:14, 5:12] = np.array(case.image)[0]
+    seen = [made(step)[0][0, 0].numpy() for step in range(12)]
+    turned = [image for image in seen if not np.array_equal(image, expected)]
+    assert 0 < len(turned) < 12
+    assert all(np.allclose(image, expected[:, ::-1], atol=1e-3) for image in turned)
+
+
 def test_optional_channels_are_missing_now_and_then(small_plan: Any, tmp_path: Path) -> None:
     store = CaseStore(tmp_path)
     store.write("a", np.ones((2, 16, 16, 16)), np.zeros((16, 16, 16), dtype=np.uint8), {})
