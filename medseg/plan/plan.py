@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medseg.core.errors import InputError
@@ -145,9 +146,11 @@ class Cost(Strict):
 
 class Configuration(Strict):
     """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z, and how
-    many ``steps`` training takes. In 2D the patch is one voxel thick along ``slice_axis``. Imported
-    models have no steps: they are not trained here. ``previous`` names the stage whose labels, one
-    channel each, are added to the scan's channels; of a plan to train by it is another configuration.
+    many ``steps`` training takes: of each of its ``members``, networks that differ by how they begin and
+    what they see when, one unless said; their mean is the model. In 2D the patch is one voxel thick along
+    ``slice_axis``. Imported models have no steps: they are not trained here. ``previous`` names the stage
+    whose labels, one channel each, are added to the scan's channels; of a plan to train by it is another
+    configuration.
 
     How imported models differ: ``orientation`` "stored" takes the axes as the file has them, whatever
     way they run, and spacing and patch are along those. ``grid`` "shape" rounds the number of voxels
@@ -163,6 +166,7 @@ class Configuration(Strict):
     batch: Decision[Count]
     network: Decision[Network]
     steps: Decision[Steps] | None = _unless(None)
+    members: Decision[Annotated[int, Field(ge=1, le=32)]] | None = _unless(None)
     cost: Cost | None = _unless(None)
     orientation: Literal["ras", "stored"] = _unless("ras")
     grid: Literal["spacing", "shape"] = _unless("spacing")
@@ -184,6 +188,11 @@ class Configuration(Strict):
         if patch == network.divisor:
             raise ValueError(f"the strides bring the patch {patch} down to a single voxel, which has no variance")
         return self
+
+    def seeds(self, seed: int) -> tuple[int, ...]:
+        """The seed of each member of a run: the run's own of the first, and others made of it."""
+        count = self.members.value if self.members else 1
+        return seed, *(int(np.random.SeedSequence([seed, n]).generate_state(1)[0]) for n in range(1, count))
 
 
 class Augmentation(Strict):

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -139,8 +139,8 @@ def train(
     ranks: Ranks = ALONE,
     start: ModelPackage | None = None,
 ) -> tuple[ModelPackage, tuple[dict[str, Any], ...]]:
-    """Train one network for as many steps as the plan says, and give back the package with its averaged
-    weights, and the run's log.
+    """Train each of the plan's networks for as many steps as it says, and give back the package with their
+    averaged weights, and the runs' log, where "seconds" go on from one network to the next.
 
     Each run has a place of its own in ``log``, known by its plan, fold, cases and seed, and goes on
     from the checkpoint there, if any. The same plan, seed, kind of machine and number of threads give
@@ -162,30 +162,39 @@ def train(
         raise InputError("the plan has a mean teacher, and there are no unlabelled cases", "Run `medseg preprocess`")
     require_fit(plan, configuration, plan.outputs, device, ranks, times=2 if taught else 1)
     make = partial(Batches, plan, configuration, device=device, ranks=ranks)
-    course = Course(
-        phase="training",
-        plan=plan,
-        configuration=configuration,
-        outputs=plan.outputs,
-        batches=TaughtBatches(make, cases, unlabelled, setup.seed) if taught else make(cases, setup.seed),
-        loss=beside(plan) if taught else loss_of(plan),
-        ask=partial(answered, plan) if taught else None,
-        identity=identity_of(plan, setup, ranks, start, unlabelled if taught else ()),
-        check=(lambda network: validate(network, validation, plan, setup.configuration, device, found))
-        if validation
-        else None,
-    )
-    learner, records = run(course, setup, log, device, progress=progress, stop=stop, ranks=ranks, start=start)
+    members, seconds, setbacks = [], 0.0, 0
+    records: list[dict[str, Any]] = []
+    own = configuration.seeds(setup.seed)
+    for number, seed in enumerate(own, start=1):
+        one = replace(setup, seed=seed)
+        course = Course(
+            phase="training" if len(own) == 1 else f"training {number} of {len(own)}",
+            plan=plan,
+            configuration=configuration,
+            outputs=plan.outputs,
+            batches=TaughtBatches(make, cases, unlabelled, seed) if taught else make(cases, seed),
+            loss=beside(plan) if taught else loss_of(plan),
+            ask=partial(answered, plan) if taught else None,
+            identity=identity_of(plan, one, ranks, start, unlabelled if taught else ()),
+            check=(lambda network: validate(network, validation, plan, setup.configuration, device, found))
+            if validation
+            else None,
+        )
+        learner, told = run(course, one, log, device, progress=progress, stop=stop, ranks=ranks, start=start)
+        members.append(learner.learnt())
+        records += [{**line, "seconds": round(seconds + line["seconds"], 2)} for line in told]
+        seconds, setbacks = seconds + learner.seconds, setbacks + learner.setbacks
+    made = provenance(learner, course, setup, device)
     package = ModelPackage(
         plan=plan,
         configuration_name=setup.configuration,
-        members=(learner.learnt(),),
+        members=tuple(members),
         trained_on=setup.train,
         held_out=setup.held_out,
-        provenance=provenance(learner, course, setup, device),
+        provenance=made | {"seconds": round(seconds, 1), "setbacks": setbacks},
         previous=before.package if before else None,
     )
-    return package, records
+    return package, tuple(records)
 
 
 def _found(configuration: Configuration, setup: Setup, before: Before | None) -> Mapping[str, LabelMap]:

@@ -27,11 +27,11 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def same() -> Callable[[Any, Any], bool]:
-    """Whether two packages of one member hold the same weights, bit by bit."""
+    """Whether two packages hold the same weights, bit by bit."""
 
     def compare(one: Any, other: Any) -> bool:
-        (a,), (b,) = one.members, other.members
-        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        pairs = list(zip(one.members, other.members, strict=True))
+        return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
 
     return compare
 

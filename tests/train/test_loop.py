@@ -161,6 +161,35 @@ def stop_at(step: int) -> Callable[[Progress], None]:
     return progress
 
 
+def averaged(plan: Plan, members: int) -> Plan:
+    """A plan of which every configuration trains so many networks."""
+    changed = {n: c.model_copy(update={"members": Decision(value=members)}) for n, c in plan.configurations.items()}
+    return plan.model_copy(update={"configurations": changed})
+
+
+def test_members_differ_and_the_second_is_taken_up_where_it_was_stopped(bench: Bench, same: Any) -> None:
+    alone, told = bench.run("alone", steps=8)
+    bench.plan = averaged(bench.plan, 2)
+    whole, records = bench.run("whole", steps=8)
+    first, second = whole.members
+    assert all(torch.equal(first[name], tensor) for name, tensor in alone.members[0].items())
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    assert [r["step"] for r in records] == 2 * [r["step"] for r in told]
+    assert sorted(r["seconds"] for r in records) == [r["seconds"] for r in records]
+
+    seen: list[str] = []
+
+    def stop_in_the_second(now: Progress) -> None:
+        seen.append(now.phase)
+        if len(seen) == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("stopped", steps=8, progress=stop_in_the_second)
+    assert seen == 8 * ["training 1 of 2"] + 4 * ["training 2 of 2"]
+    assert same(whole, bench.run("stopped", steps=8)[0])
+
+
 @pytest.mark.parametrize("every", [0.0, 1e9], ids=["checkpoints", "at validations"])
 def test_interrupted_and_taken_up_again_it_ends_the_same(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, every: float, same: Any
