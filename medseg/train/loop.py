@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,7 +148,7 @@ def train(
     the same weights, bit for bit, however often the run was stopped or killed; on a GPU only where
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
     predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
-    step. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
+    step, on a GPU after up to 16 of them. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
     to begin with, as far as they are `fitting`. A plan that has a mean teacher needs ``unlabelled`` cases.
     A second stage needs what comes ``before`` it, which goes into its package.
 
@@ -216,6 +217,9 @@ def prepare(
     torch.set_num_threads(setup.threads)
     device = ranks.device(pick_device(setup.device))
     _repeatable(setup.deterministic, device)
+    if device.type == "cuda":  # what torch keeps of an earlier training of this process counts as taken
+        gc.collect()
+        torch.cuda.empty_cache()
     configuration = plan.configuration(setup.configuration)
     if configuration.previous is not None and plan.training.wants_unlabelled:
         raise InputError(
