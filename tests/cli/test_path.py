@@ -213,8 +213,17 @@ def test_planning_again_keeps_folds_and_puts_an_edited_plan_aside(made: Any, med
     assert (mine.run / "folds.json").read_bytes() == folds
     assert read_plan(mine.run / "plan.earlier.json") == edited
     again = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu", "--no-measure")
-    assert "plan.earlier.json" not in again.err
+    assert "plan.earlier" not in again.err
     assert read_plan(mine.run / "plan.earlier.json") == edited
+    # A later edit goes beside the first.
+    plan = json.loads((mine.run / "plan.json").read_text())
+    plan["training"]["learning_rate"]["value"] = 1.5e-3
+    (mine.run / "plan.json").write_text(json.dumps(plan))
+    later = read_plan(mine.run / "plan.json")
+    outcome = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu", "--no-measure")
+    assert "plan.earlier.2.json" in outcome.err
+    assert read_plan(mine.run / "plan.earlier.json") == edited
+    assert read_plan(mine.run / "plan.earlier.2.json") == later
 
 
 def test_a_run_folder_goes_with_one_task(made: Any, medseg: Any, tiny_task: Any, tmp_path: Path) -> None:
