@@ -36,6 +36,8 @@ from medseg.train.teacher import TaughtBatches, answered, beside
 
 _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS, _PICTURED = 10, 4
+# Into so many parts a run is divided by the checkpoints that it may go back to.
+_PARTS = 10
 _CLIP = 12.0
 _EMA = 0.999
 _MOMENTUM = 0.99
@@ -152,8 +154,8 @@ def train(
     to begin with, as far as they are `fitting`. A plan that has a mean teacher needs ``unlabelled`` cases.
     A second stage needs what comes ``before`` it, which goes into its package.
 
-    A loss that is no number brings the run back to its last checkpoint, to go on at half the learning
-    rate, once. Raises MedsegError where that happens again, or another run has the same place, and
+    A loss that is no number brings the run back to where the last tenth of it began (the clock, and where
+    it was stopped, decide nothing), to go on at half the learning rate, once. Raises MedsegError where that happens again, or another run has the same place, and
     `StoppedError`, with a checkpoint written, where it was asked to.
     """
     device, configuration, cases = prepare(plan, setup, store, ranks)
@@ -300,6 +302,9 @@ def run(
             for losses in learner.stretches(course, steps, every):
                 if not all(map(math.isfinite, losses)):
                     learner = learner.gone_back(log, identity, fresh(), losses)
+                    if ranks.first:  # should it be stopped now, it knows of the setback
+                        learner.save(log, identity)
+                        saved = time.perf_counter()
                     break
                 stopping = ranks.any(stop())
                 learner.recent += losses
@@ -323,9 +328,10 @@ def run(
                         log.picture(learner.step, image)
                     if ranks.first:
                         log.write(record)
-                due = validated or ended or stopping or time.perf_counter() - saved > _CHECKPOINT_SECONDS
+                keep = not ended and _parted(learner.step, steps, every)
+                due = keep or validated or ended or stopping or time.perf_counter() - saved > _CHECKPOINT_SECONDS
                 if due and ranks.first:
-                    learner.save(log, identity)
+                    learner.save(log, identity, keep=keep)
                     saved = time.perf_counter()
                 done += len(losses)
                 left = (time.perf_counter() - begun) / done * (steps - learner.step)
@@ -405,8 +411,8 @@ class Learner:
                     _average(self.average, self.network, self.step)
                 yield self.ranks.mean(torch.stack(losses)).tolist()
 
-    def save(self, log: RunLog, identity: dict[str, Any]) -> None:
-        """Write a checkpoint."""
+    def save(self, log: RunLog, identity: dict[str, Any], *, keep: bool = False) -> None:
+        """Write a checkpoint; with ``keep``, one to go back to."""
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for number, slots in self.optimiser.state_dict()["state"].items():
@@ -424,11 +430,13 @@ class Learner:
                 "recent": self.recent,
                 "scaler": self.scaler.state_dict(),
             },
+            keep=keep,
         )
 
-    def take_up(self, log: RunLog, identity: dict[str, Any]) -> None:
-        """Go on from the log's checkpoint, if there is one. Raises InputError where it is another run's."""
-        found = log.load()
+    def take_up(self, log: RunLog, identity: dict[str, Any], *, kept: bool = False) -> None:
+        """Go on from the log's last checkpoint, or from the one ``kept``, if there is one. Raises InputError
+        where it is another run's."""
+        found = log.load(kept=kept)
         if self.ranks.first:
             log.rewind(found[1]["step"] if found else 0)
         self.ranks.wait()
@@ -453,7 +461,7 @@ class Learner:
         self.recent = list(state["recent"])
 
     def gone_back(self, log: RunLog, identity: dict[str, Any], fresh: Learner, losses: list[float]) -> Learner:
-        """A learner at the last checkpoint (``fresh`` where there is none), which knows of the setback.
+        """A learner at the checkpoint to go back to (``fresh`` where there is none), which knows of the setback.
         Raises MedsegError where it is not the first."""
         bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
         if self.setbacks:
@@ -462,7 +470,7 @@ class Learner:
                 f"half the learning rate; the last checkpoint is kept. Lower the learning rate in plan.json, or look "
                 "for a case with broken intensities, and train again."
             )
-        fresh.take_up(log, identity)
+        fresh.take_up(log, identity, kept=True)
         fresh.setbacks += 1
         return fresh
 
@@ -584,6 +592,11 @@ def _due(step: int, steps: int, every: int) -> bool:
     """Whether one of some ten validations, evenly spread, falls on this epoch's end."""
     epochs = max(1, steps // every)
     return (step // every) % max(1, epochs // _VALIDATIONS) == 0
+
+
+def _parted(step: int, steps: int, every: int) -> bool:
+    """Whether one of some ten parts of a run ends here, at an epoch's end."""
+    return step % every == 0 and (step // every) % max(1, steps // every // _PARTS) == 0
 
 
 def _average(average: nn.Module, network: nn.Module, step: int) -> None:
