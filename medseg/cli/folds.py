@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medseg.cli.common import RunFolder
+from medseg.cli.common import RunFolder, unlabelled_cases, unlabelled_for
 from medseg.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def all_folds(
     mlflow: str | None,
 ) -> None:
     """Preprocess, train, predict and evaluate every fold of each configuration (all of the plan's, unless
-    named), and choose. What was made before by the same plan, folds, seed and ``start`` is left as it is.
+    named), and choose. What was made before by the same plan, folds, seed, scans without labels and ``start``
+    is left as it is.
     A stage that is told what another found comes after it, which is made too where it is not named, though
     not chosen among."""
     from medseg.cli.stages import first_stage, refuse_unlabelled
@@ -158,13 +159,15 @@ def all_folds(
     for name in order:
         before = first_stage(folder, task, plan, name)
         models = before.digests if before else ()
-        if not _preprocessed(folder, plan, name, models):
+        if not _preprocessed(folder, task, plan, name, models):
             _run("preprocess", str(run), "-c", name, *cores)
         for number, cases in enumerate(folder.folds(task)):
             fold = FoldFolder(folder, name, number, cases)
             # The log is written last.
             found = fold.package() if (fold.path / "log.json").exists() else None
-            if found is None or isinstance(found, Lack) or _of(found) != (plan.digest(), seed, begun, models):
+            scans = [case.id for case in unlabelled_for(task, cases.validation)] if alone else []
+            wanted = (plan.digest(), seed, begun, models, tuple(scans))
+            if found is None or isinstance(found, Lack) or _of(found) != wanted:
                 _run(*fold.train(), *how)
                 found = fold.package()
             if isinstance(found, Lack):
@@ -185,22 +188,23 @@ def _in_order(plan: Plan, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*firsts, *needed, *seconds]))
 
 
-def _of(package: ModelPackage) -> tuple[str, Any, Any, tuple[str, ...]]:
+def _of(package: ModelPackage) -> tuple[str, Any, Any, tuple[str, ...], tuple[str, ...]]:
     made = package.provenance
-    return package.plan.digest(), made.get("seed"), made.get("start"), tuple(made.get("previous", ()))
+    models, scans = (tuple(made.get(name, ())) for name in ("previous", "unlabelled"))
+    return package.plan.digest(), made.get("seed"), made.get("start"), models, scans
 
 
-def _preprocessed(folder: RunFolder, plan: Plan, configuration: str, models: Sequence[str]) -> bool:
+def _preprocessed(folder: RunFolder, task: Task, plan: Plan, configuration: str, models: Sequence[str]) -> bool:
     from medseg.io.store import CaseStore
 
-    stores = [folder.store(configuration)]
-    stores += [folder.unlabelled(configuration)] if plan.training.wants_unlabelled else []
+    labelled, unlabelled = (CaseStore(f(configuration)) for f in (folder.store, folder.unlabelled))
+    wanted = plan.training.wants_unlabelled
     try:
-        for store in stores:
-            CaseStore(store).require(plan.preparation(configuration), configuration, models)
+        for store in (labelled, unlabelled) if wanted else (labelled,):
+            store.require(plan.preparation(configuration), configuration, models)
     except InputError:
         return False
-    return True
+    return not wanted or set(unlabelled.cases()) == {case.id for case in unlabelled_cases(task)}
 
 
 def _newer(path: Path, than: Path) -> bool:

@@ -21,6 +21,7 @@ from medseg.cli.common import (
     seed_option,
     threads_option,
     unlabelled_cases,
+    unlabelled_for,
     use_cores,
 )
 from medseg.cli.folds import all_folds as every_fold
@@ -208,7 +209,9 @@ def train(
         device=device,
         seconds=max(_CALIBRATION_SECONDS, _CALIBRATION_SHARE * package.provenance["seconds"]),
     )
-    save_package(output / "model", replace(package, experience=trained, calibration=calibration))
+    # Of a fold that has a log `medseg train --all-folds` takes it that all is there.
+    log_file = output / "log.json"
+    save_package(output / "model", replace(package, experience=trained, calibration=calibration), outdated=[log_file])
     saved = load_package(output / "model")
     images = {
         case: preprocess(volume, plan, saved.configuration, before.found[case] if before else None).values
@@ -216,7 +219,7 @@ def train(
     }
     engines = measure(saved, images, cores)
     record_engines(output / "model", engines)
-    write_json(output / "log.json", {"format": 1, "options": f"--seed {seed}", "records": list(records)})
+    write_json(log_file, {"format": 1, "options": f"--seed {seed}", "records": list(records)})
     done = package.provenance
     click.echo(
         f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, "
@@ -247,13 +250,12 @@ def _unlabelled(
 
     if not plan.training.wants_unlabelled:
         return []
-    scans = {case.id: case.subject for case in unlabelled_cases(task)}
+    scans = [case.id for case in unlabelled_cases(task)]
     store = CaseStore(folder.unlabelled(configuration))
     store.require(plan.preparation(configuration), configuration)
     if set(scans) != set(store.cases()):
         raise InputError(f"{store.folder} holds other scans than dataset.json lists", "Run `medseg preprocess` again")
-    seen = {task.case(case).subject for case in held_out}
-    if found := [store.read(case) for case, subject in scans.items() if subject not in seen]:
+    if found := [store.read(case.id) for case in unlabelled_for(task, held_out)]:
         return found
     raise InputError(
         f"each scan without labels of {task.name} is of a subject that is held out", "Plan without --unlabelled"

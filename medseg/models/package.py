@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -170,11 +170,11 @@ def _half(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return rounded
 
 
-def save_package(folder: Path, package: ModelPackage) -> None:
+def save_package(folder: Path, package: ModelPackage, *, outdated: Sequence[Path] = ()) -> None:
     """Write a package to a new folder, or over an older package.
 
     All files are written beside the folder first, so that an older package outlives a full disk.
-    The index moves last.
+    ``outdated`` files, which speak of the older one, go before any moves, and the index moves last.
     """
     new_folder(folder, holds=INDEX)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
@@ -216,7 +216,8 @@ def save_package(folder: Path, package: ModelPackage) -> None:
             provenance=package.provenance,
         )
         write_json(aside / INDEX, index.model_dump(mode="json"))
-        (folder / INDEX).unlink(missing_ok=True)
+        for path in (*outdated, folder / INDEX):
+            path.unlink(missing_ok=True)
         shutil.rmtree(folder / PREVIOUS, ignore_errors=True)
         for file in (*named, "README.md", *(PREVIOUS for _ in nested), INDEX):
             (aside / file).replace(folder / file)
