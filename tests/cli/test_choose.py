@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +190,22 @@ def test_what_one_fold_is_told_all_are_told(
     assert len(trained) == 6
     assert all(" ".join(how) in words for words in trained)
     medseg("train", run, "--all-folds", "--fold", 1).refused("--fold trains one fold, --all-folds every one")
+
+
+def test_stopped_between_the_verbs_it_can_be_taken_up(
+    medseg: Any, planned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(planned, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "2d", ignore_errors=True)
+    command = ("train", tmp_path / "run", "--all-folds", "-c", "2d", "--threads", 1, "--device", "cpu", "--seed", 3)
+    places = ("medseg.cli.preprocess._fill", "medseg.cli.predict._computed", "medseg.evaluate.score.evaluate")
+    for place, number in zip(places, (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), strict=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, lambda *_, number=number, **__: os.kill(os.getpid(), number))
+            medseg(*command).refused("the same command goes on from what is done", status=75)
+    assert (tmp_path / "run" / "2d" / "fold0" / "predictions" / "predictions.json").exists()
+    assert not (tmp_path / "run" / "2d" / "fold0" / "metrics.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_run_with_nothing_to_choose_from(medseg: Any, planned: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,36 @@ def test_training_again_where_it_ended_changes_nothing(made: Any, medseg: Any, t
     assert outcome.status == 0, outcome
     assert "160 steps" in outcome.out
     assert load_package(mine.model).digest() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stopped_after_the_last_step_it_goes_on_from_there(
+    made: Any, medseg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    mine = made.copy(tmp_path)
+    before = load_package(mine.model).digest()
+    with monkeypatch.context() as patched:
+        patched.setattr("medseg.train.calibrate.calibration_of", lambda *_, **__: os.kill(os.getpid(), number))
+        stopped = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    stopped.refused("the same command goes on from what is done", status=75)
+    outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert "step " not in outcome.out.replace("160 steps", "")
+    assert load_package(mine.model).digest() == before
+
+
+def test_broken_off_before_engines_are_compared_a_fold_counts_as_not_done(
+    made: Any, medseg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = made.copy(tmp_path)
+
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medseg.infer.agreement.measure", broken)
+    assert medseg("train", mine.run, "--threads", 1, "--device", "cpu").status == 1
+    assert not load_package(mine.model).engines
+    assert not (mine.fold / "log.json").exists()
 
 
 def test_a_budget_becomes_steps_and_is_told_with_what_they_cost(made: Any, medseg: Any, tmp_path: Path) -> None:
