@@ -155,7 +155,11 @@ def all_folds(
     how += ("--deterministic",) if deterministic else ()
     how += ("--from", str(start)) if start else ()
     how += ("--mlflow", mlflow) if mlflow else ()
-    begun = load_package(start).digest() if start else None
+    given = load_package(start) if start else None
+    for number, cases in enumerate(folder.folds(task)):
+        if given:
+            require_unseen(given, task, cases, number)
+    begun = given.digest() if given else None
     for name in order:
         before = first_stage(folder, task, plan, name)
         models = before.digests if before else ()
@@ -177,6 +181,25 @@ def all_folds(
             if not _newer(fold.path / "metrics.json", fold.predictions / INDEX):
                 _run("evaluate", str(fold.predictions), str(task.folder), "-o", str(fold.path))
     _run("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)
+
+
+def require_unseen(start: ModelPackage, task: Task, fold: Fold, number: int) -> None:
+    """InputError where a model to start from has learnt from a case that the fold holds out, or from another
+    one of its subject: as far as is known, and but for the fold's own training cases. What is said of
+    the fold's model would not be out of fold."""
+    from medseg.models.package import learnt_from
+
+    subjects = {case.id: case.subject for case in (*task.cases, *task.test)}
+    held_out = {subjects[case]: case for case in fold.validation}
+    for seen in sorted({*learnt_from(start).get(task.name, ())} - {*fold.train}):
+        case = seen if seen in fold.validation else held_out.get(subjects.get(seen, ""))
+        if case is not None:
+            learnt = "it" if case == seen else f"{seen}, of the same subject"
+            raise InputError(
+                f"fold {number} holds it out, and the model {start.name} to start from has learnt from {learnt}",
+                "Start from a model of another task, or from one that was trained without it",
+                case=case,
+            )
 
 
 def _in_order(plan: Plan, names: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from medseg.cli.common import (
     use_cores,
 )
 from medseg.cli.folds import all_folds as every_fold
+from medseg.cli.folds import require_unseen
 
 if TYPE_CHECKING:
     from medseg.dataset.task import Task
@@ -205,6 +206,8 @@ def train(
         deterministic=deterministic,
     )
     begun = load_package(start) if start else None
+    if begun:
+        require_unseen(begun, task, chosen, fold)
     if begun and ranks.first:
         network = build(plan.configuration(configuration), plan.inputs(plan.configuration(configuration)), plan.outputs)
         fits, missing = fitting(begun, network)

@@ -148,6 +148,19 @@ class ModelPackage:
         return digest([self.plan.digest(), self.configuration_name, weights, *before, *after])
 
 
+def learnt_from(package: ModelPackage) -> dict[str, list[str]]:
+    """By task the cases, labelled or not, that a model's weights follow from: its own and those of the models
+    that it started from, as far as its provenance tells."""
+    folds = package.provenance.get("folds", {})
+    told = [package.provenance, *(fold for fold in folds.values() if isinstance(fold, dict))]
+    found = {package.plan.task: {*package.trained_on}}
+    for one in told:
+        found[package.plan.task] |= {*one.get("unlabelled", ())}
+        for task, cases in one.get("learnt_before", {}).items():
+            found.setdefault(task, set()).update(cases)
+    return {task: sorted(cases) for task, cases in sorted(found.items()) if cases}
+
+
 def halved(package: ModelPackage) -> ModelPackage:
     """The same model with its weights rounded to half as many bits (float16). So they are stored; what
     is computed with them is computed in float32.

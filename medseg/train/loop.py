@@ -25,7 +25,7 @@ from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore, StoredCase
 from medseg.models.build import build
-from medseg.models.package import ModelPackage
+from medseg.models.package import ModelPackage, learnt_from
 from medseg.plan.cost import require_room
 from medseg.plan.plan import Configuration, Plan, Training
 from medseg.train.batches import Batches, Feed
@@ -150,13 +150,15 @@ def train(
     the same weights, bit for bit, however often the run was stopped or killed; on a GPU only where
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
     predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
-    step, on a GPU after up to 16 of them. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
-    to begin with, as far as they are `fitting`. A plan that has a mean teacher needs ``unlabelled`` cases.
-    A second stage needs what comes ``before`` it, which goes into its package.
+    step, on a GPU after up to 16 of them. With several ``ranks`` each takes its share of every batch.
+    ``start`` is a model whose weights to begin with, as far as they are `fitting`; whether it has seen a
+    case that is held out is for the caller to know. A plan that has a mean teacher needs ``unlabelled``
+    cases. A second stage needs what comes ``before`` it, which goes into its package.
 
     A loss that is no number brings the run back to where the last tenth of it began (the clock, and where
-    it was stopped, decide nothing), to go on at half the learning rate, once. Raises MedsegError where that happens again, or another run has the same place, and
-    `StoppedError`, with a checkpoint written, where it was asked to.
+    it was stopped, decide nothing), to go on at half the learning rate, once. Raises MedsegError where
+    that happens again, or another run has the same place, and `StoppedError`, with a checkpoint written,
+    where it was asked to.
     """
     device, configuration, cases = prepare(plan, setup, store, ranks)
     found = _found(configuration, setup, before)
@@ -185,7 +187,7 @@ def train(
         members=(learner.learnt(),),
         trained_on=setup.train,
         held_out=setup.held_out,
-        provenance=provenance(learner, course, setup, device),
+        provenance=provenance(learner, course, setup, device, start),
         previous=before.package if before else None,
     )
     return package, records
@@ -255,8 +257,11 @@ def identity_of(
     }
 
 
-def provenance(learner: Learner, course: Course, setup: Setup, device: torch.device) -> dict[str, Any]:
-    """How the weights came to be, for whoever reads the package."""
+def provenance(
+    learner: Learner, course: Course, setup: Setup, device: torch.device, start: ModelPackage | None
+) -> dict[str, Any]:
+    """How the weights came to be, for whoever reads the package; ``learnt_before`` names, task by task, the
+    cases that ``start`` has learnt from."""
     identity = course.identity
     return {
         "versions": versions(),
@@ -272,6 +277,7 @@ def provenance(learner: Learner, course: Course, setup: Setup, device: torch.dev
         "seconds": round(learner.seconds, 1),
         "plan": identity["plan"],
         **{name: identity[name] for name in ("unlabelled", "previous") if name in identity},
+        **({"learnt_before": learnt_from(start)} if start else {}),
     }
 
 

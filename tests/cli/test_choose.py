@@ -175,7 +175,7 @@ def test_all_folds_are_one_process(medseg: Any, planned: Path, monkeypatch: pyte
 
 
 def test_what_one_fold_is_told_all_are_told(
-    medseg: Any, chosen: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    medseg: Any, chosen: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And a fold that began otherwise is trained anew."""
     run, _ = chosen
@@ -184,7 +184,13 @@ def test_what_one_fold_is_told_all_are_told(
     assert medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3).status == 0
     assert [words[0] for words in called] == ["choose"]
     called.clear()
-    how = ("--from", str(run / "3d" / "fold0" / "model"), "--mlflow", "http://localhost:1")
+    # A fold's model has seen what another one holds out.
+    mine = run / "3d" / "fold0" / "model"
+    medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3, "--from", mine).refused("to start from has learnt")
+    assert not called
+    other = load_package(mine)
+    save_package(tmp_path / "other", replace(other, plan=other.plan.model_copy(update={"task": "Task01_other"})))
+    how = ("--from", str(tmp_path / "other"), "--mlflow", "http://localhost:1")
     assert medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3, *how).status == 0
     trained = [" ".join(words) for words in called if words[0] == "train"]
     assert len(trained) == 6
