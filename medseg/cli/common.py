@@ -236,6 +236,13 @@ def unlabelled_cases(task: Task) -> tuple[Case, ...]:
     return task.test
 
 
+def unlabelled_for(task: Task, held_out: Iterable[str]) -> tuple[Case, ...]:
+    """Those that a fold may learn from: not of a subject that has one of its ``held_out`` cases. Raises
+    InputError as `unlabelled_cases` does."""
+    unseen = {task.case(case).subject for case in held_out}
+    return tuple(case for case in unlabelled_cases(task) if case.subject not in unseen)
+
+
 def table(rows: list[list[str]], right: Iterable[int] = ()) -> str:
     """Aligned columns, the first row a heading; columns in ``right`` are flushed right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medseg.cli.common import RunFolder
+from medseg.cli.common import RunFolder, unlabelled_cases, unlabelled_for
 from medseg.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def all_folds(
     mlflow: str | None,
 ) -> None:
     """Preprocess, train, predict and evaluate every fold of each configuration (all of the plan's, unless
-    named), and choose. What was made before by the same plan, folds, seed and ``start`` is left as it is.
+    named), and choose. What was made before by the same plan, folds, seed, scans without labels and ``start``
+    is left as it is.
     A stage that is told what another found comes after it, which is made too where it is not named, though
     not chosen among."""
     from medseg.cli.stages import first_stage, refuse_unlabelled
@@ -154,17 +155,23 @@ def all_folds(
     how += ("--deterministic",) if deterministic else ()
     how += ("--from", str(start)) if start else ()
     how += ("--mlflow", mlflow) if mlflow else ()
-    begun = load_package(start).digest() if start else None
+    given = load_package(start) if start else None
+    for number, cases in enumerate(folder.folds(task)):
+        if given:
+            require_unseen(given, task, cases, number)
+    begun = given.digest() if given else None
     for name in order:
         before = first_stage(folder, task, plan, name)
         models = before.digests if before else ()
-        if not _preprocessed(folder, plan, name, models):
+        if not _preprocessed(folder, task, plan, name, models):
             _run("preprocess", str(run), "-c", name, *cores)
         for number, cases in enumerate(folder.folds(task)):
             fold = FoldFolder(folder, name, number, cases)
             # The log is written last.
             found = fold.package() if (fold.path / "log.json").exists() else None
-            if found is None or isinstance(found, Lack) or _of(found) != (plan.digest(), seed, begun, models):
+            scans = [case.id for case in unlabelled_for(task, cases.validation)] if alone else []
+            wanted = (plan.digest(), seed, begun, models, tuple(scans))
+            if found is None or isinstance(found, Lack) or _of(found) != wanted:
                 _run(*fold.train(), *how)
                 found = fold.package()
             if isinstance(found, Lack):
@@ -176,6 +183,25 @@ def all_folds(
     _run("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)
 
 
+def require_unseen(start: ModelPackage, task: Task, fold: Fold, number: int) -> None:
+    """InputError where a model to start from has learnt from a case that the fold holds out, or from another
+    one of its subject: as far as is known, and but for the fold's own training cases. What is said of
+    the fold's model would not be out of fold."""
+    from medseg.models.package import learnt_from
+
+    subjects = {case.id: case.subject for case in (*task.cases, *task.test)}
+    held_out = {subjects[case]: case for case in fold.validation}
+    for seen in sorted({*learnt_from(start).get(task.name, ())} - {*fold.train}):
+        case = seen if seen in fold.validation else held_out.get(subjects.get(seen, ""))
+        if case is not None:
+            learnt = "it" if case == seen else f"{seen}, of the same subject"
+            raise InputError(
+                f"fold {number} holds it out, and the model {start.name} to start from has learnt from {learnt}",
+                "Start from a model of another task, or from one that was trained without it",
+                case=case,
+            )
+
+
 def _in_order(plan: Plan, names: Sequence[str]) -> list[str]:
     """The configurations and those whose labels they are told, these first."""
     before = {name: plan.configuration(name).previous for name in names}
@@ -185,22 +211,23 @@ def _in_order(plan: Plan, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*firsts, *needed, *seconds]))
 
 
-def _of(package: ModelPackage) -> tuple[str, Any, Any, tuple[str, ...]]:
+def _of(package: ModelPackage) -> tuple[str, Any, Any, tuple[str, ...], tuple[str, ...]]:
     made = package.provenance
-    return package.plan.digest(), made.get("seed"), made.get("start"), tuple(made.get("previous", ()))
+    models, scans = (tuple(made.get(name, ())) for name in ("previous", "unlabelled"))
+    return package.plan.digest(), made.get("seed"), made.get("start"), models, scans
 
 
-def _preprocessed(folder: RunFolder, plan: Plan, configuration: str, models: Sequence[str]) -> bool:
+def _preprocessed(folder: RunFolder, task: Task, plan: Plan, configuration: str, models: Sequence[str]) -> bool:
     from medseg.io.store import CaseStore
 
-    stores = [folder.store(configuration)]
-    stores += [folder.unlabelled(configuration)] if plan.training.wants_unlabelled else []
+    labelled, unlabelled = (CaseStore(f(configuration)) for f in (folder.store, folder.unlabelled))
+    wanted = plan.training.wants_unlabelled
     try:
-        for store in stores:
-            CaseStore(store).require(plan.preparation(configuration), configuration, models)
+        for store in (labelled, unlabelled) if wanted else (labelled,):
+            store.require(plan.preparation(configuration), configuration, models)
     except InputError:
         return False
-    return True
+    return not wanted or set(unlabelled.cases()) == {case.id for case in unlabelled_cases(task)}
 
 
 def _newer(path: Path, than: Path) -> bool:

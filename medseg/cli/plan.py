@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -215,7 +216,7 @@ def _this_machine() -> Kind:
 
 
 def _keep_edited(path: Path, digest: str) -> None:
-    """Move an earlier plan that decides otherwise aside: it may hold someone's work."""
+    """Move an earlier plan that decides otherwise aside, over none that was moved there before."""
     from medseg.core.errors import InputError
     from medseg.plan.plan import read_plan
 
@@ -226,6 +227,8 @@ def _keep_edited(path: Path, digest: str) -> None:
     except InputError:
         same = False
     if not same:
-        aside = path.with_name("plan.earlier.json")
+        numbered = (path.with_name(f"plan.earlier.{number}.json") for number in itertools.count(2))
+        names = itertools.chain([path.with_name("plan.earlier.json")], numbered)
+        aside = next(name for name in names if not name.exists())  # each may hold someone's work
         path.replace(aside)
         click.echo(f"the earlier plan is now {aside}", err=True)

@@ -494,7 +494,8 @@ def _stopping() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
-    if threading.current_thread() is not threading.main_thread():
+    # Where another verb has called this one, that verb's word on signals holds.
+    if threading.current_thread() is not threading.main_thread() or callable(signal.getsignal(signal.SIGTERM)):
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)

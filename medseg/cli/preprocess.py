@@ -45,6 +45,7 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
     from medseg.core.errors import InputError
     from medseg.core.resample import resample
     from medseg.dataset.task import load_case, load_image
+    from medseg.plan.fingerprint import image_hash
     from medseg.preprocess.regrid import preprocess as preprocess_volume
 
     folder = RunFolder(run)
@@ -71,8 +72,18 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
             places[number] = where[:: max(1, len(where) // _PLACES)]
         store.write(case.id, image.values, regridded, places)
 
+    known = {row.image_hash: row.id for row in folder.fingerprint().cases} if scans else {}
+
     def unlabelled(store: CaseStore, case: Case) -> None:
-        store.write(case.id, prepared(load_image(task, case), case).values, None, {})
+        volume = load_image(task, case)
+        if twin := known.get(image_hash(volume)):
+            raise InputError(
+                f"it is listed under test, and its image equals that of the training case {twin}, which some fold "
+                "holds out",
+                "Take it off dataset.json",
+                case=case.id,
+            )
+        store.write(case.id, prepared(volume, case).values, None, {})
 
     def fill(path: Path, cases: Sequence[Case], one: Callable[[CaseStore, Case], None]) -> None:
         index = (plan.preparation(configuration), configuration, models)

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -21,9 +21,11 @@ from medseg.cli.common import (
     seed_option,
     threads_option,
     unlabelled_cases,
+    unlabelled_for,
     use_cores,
 )
 from medseg.cli.folds import all_folds as every_fold
+from medseg.cli.folds import require_unseen
 
 if TYPE_CHECKING:
     from medseg.dataset.task import Task
@@ -36,6 +38,55 @@ _VALIDATED, _COMPARED = 8, 3
 # Learning how far the model can be believed takes no longer than this share of the training, and
 # need not be done in less than so many seconds.
 _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class _Stop(BaseException):
+    """What a signal raises where there is no step to end; not to be taken for a case that failed."""
+
+
+def _stop() -> NoReturn:
+    raise _Stop
+
+
+@contextlib.contextmanager
+def _on_signals(act: Callable[[], None]) -> Iterator[None]:
+    """Act once on being asked to stop: by SIGTERM, by SIGUSR1, which a scheduler can be told to send some
+    time before the end, or by ctrl-C. A second ctrl-C stops at once."""
+
+    def ask(number: int, frame: object) -> None:
+        for other in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(other, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        act()
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[threading.Event]:
+    """Set once the run is asked to stop."""
+    asked = threading.Event()
+    with _on_signals(asked.set):
+        yield asked
+
+
+@contextlib.contextmanager
+def _taken_up_later() -> Iterator[None]:
+    """A signal stops what is done within at once, as `StoppedError`: nothing but a training's steps has
+    anything to save, and whatever is written appears whole or not at all."""
+    try:
+        with _on_signals(_stop):
+            yield
+    except _Stop:
+        from medseg.train.loop import StoppedError
+
+        raise StoppedError("stopped; the same command goes on from what is done") from None
 
 
 @click.command()
@@ -56,6 +107,7 @@ _CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 @seed_option
 @device_option
 @threads_option
+@_taken_up_later()
 def train(
     run: Path,
     configurations: tuple[str, ...],
@@ -73,7 +125,8 @@ def train(
 
     The plan says how many steps it takes. A run that was stopped or killed goes on from its last
     checkpoint when it is started again, and ends with the same weights. SIGTERM, SIGUSR1 and ctrl-C
-    write a checkpoint first; the exit status is then 75, "try again". With several GPUs:
+    write a checkpoint first; the exit status is then, and to the end of the command, 75, "try again".
+    With several GPUs:
     torchrun --nproc-per-node 4 -m medseg train RUN
 
     With --all-folds each fold of each configuration is preprocessed, trained, predicted and evaluated,
@@ -153,6 +206,8 @@ def train(
         deterministic=deterministic,
     )
     begun = load_package(start) if start else None
+    if begun:
+        require_unseen(begun, task, chosen, fold)
     if begun and ranks.first:
         network = build(plan.configuration(configuration), plan.inputs(plan.configuration(configuration)), plan.outputs)
         fits, missing = fitting(begun, network)
@@ -200,6 +255,8 @@ def train(
         )
     if not ranks.first:
         return
+    if asked.is_set():  # during the last step
+        _stop()
     if first is not begun and first is not None:
         package = replace(package, provenance=_pretrained(package, first))
     calibration = calibration_of(
@@ -208,7 +265,9 @@ def train(
         device=device,
         seconds=max(_CALIBRATION_SECONDS, _CALIBRATION_SHARE * package.provenance["seconds"]),
     )
-    save_package(output / "model", replace(package, experience=trained, calibration=calibration))
+    # Of a fold that has a log `medseg train --all-folds` takes it that all is there.
+    log_file = output / "log.json"
+    save_package(output / "model", replace(package, experience=trained, calibration=calibration), outdated=[log_file])
     saved = load_package(output / "model")
     images = {
         case: preprocess(volume, plan, saved.configuration, before.found[case] if before else None).values
@@ -216,7 +275,7 @@ def train(
     }
     engines = measure(saved, images, cores)
     record_engines(output / "model", engines)
-    write_json(output / "log.json", {"format": 1, "options": f"--seed {seed}", "records": list(records)})
+    write_json(log_file, {"format": 1, "options": f"--seed {seed}", "records": list(records)})
     done = package.provenance
     click.echo(
         f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, "
@@ -247,13 +306,12 @@ def _unlabelled(
 
     if not plan.training.wants_unlabelled:
         return []
-    scans = {case.id: case.subject for case in unlabelled_cases(task)}
+    scans = [case.id for case in unlabelled_cases(task)]
     store = CaseStore(folder.unlabelled(configuration))
     store.require(plan.preparation(configuration), configuration)
     if set(scans) != set(store.cases()):
         raise InputError(f"{store.folder} holds other scans than dataset.json lists", "Run `medseg preprocess` again")
-    seen = {task.case(case).subject for case in held_out}
-    if found := [store.read(case) for case, subject in scans.items() if subject not in seen]:
+    if found := [store.read(case.id) for case in unlabelled_for(task, held_out)]:
         return found
     raise InputError(
         f"each scan without labels of {task.name} is of a subject that is held out", "Plan without --unlabelled"
@@ -275,21 +333,3 @@ def _refuse_torchrun() -> None:
 
     if distributed.is_torchelastic_launched():
         raise InputError("--all-folds is one process", "Train each fold by torchrun, then run `medseg choose`")
-
-
-@contextlib.contextmanager
-def _asked() -> Iterator[threading.Event]:
-    """Set once the run is asked to stop: by SIGTERM, by SIGUSR1, which a scheduler can be told to send
-    some time before the end, or by ctrl-C. A second ctrl-C stops at once."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from medseg.core.errors import InputError, MedsegError
-from medseg.io.files import atomic, write_text
+from medseg.io.files import atomic, write_bytes, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,9 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """A folder with ``checkpoint.safetensors``, the one before it, ``log.jsonl``, TensorBoard's events
-    and a picture of the validation cases.
+    """A folder with ``checkpoint.safetensors``, the one before it, the last of those that a run may go back
+    to (``checkpoint.kept.safetensors``), ``log.jsonl``, TensorBoard's events and a picture of the
+    validation cases.
 
     It must lie outside whatever a workflow deletes before it runs a job again. ``tracker``, where
     there is one, is told the numbers too.
@@ -54,6 +55,10 @@ class RunLog:
     @property
     def _earlier(self) -> Path:
         return self.folder / "checkpoint.earlier.safetensors"
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder / "checkpoint.kept.safetensors"
 
     @property
     def _log(self) -> Path:
@@ -84,21 +89,24 @@ class RunLog:
             finally:
                 file.truncate(0)
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint atomically: tensors by name, and what JSON can hold. The one before it stays."""
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: bool = False) -> None:
+        """Write a checkpoint atomically: tensors by name, and what JSON can hold. The one before it stays.
+        With ``keep`` it is the one to go back to too, until the next of these."""
         from safetensors.torch import save
 
         data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"state": json.dumps(dict(state))})
+        if keep:  # first: a run that goes on from here must find it
+            write_bytes(self._kept, data)
         with atomic(self._checkpoint) as file:
             file.write(data)
             if self._checkpoint.exists():  # should this be the last that is done, `load` takes the earlier one
                 self._checkpoint.replace(self._earlier)
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last checkpoint that can be read, or None where there is none. Raises InputError where
-        there are some and none can be read."""
+    def load(self, *, kept: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last checkpoint that can be read, or the ``kept`` one; None where there is none. Raises
+        InputError where there are some and none can be read."""
         faults: list[str] = []
-        for path in (self._checkpoint, self._earlier):
+        for path in (self._kept,) if kept else (self._checkpoint, self._earlier):
             if path.exists():
                 try:
                     found = _read(path)

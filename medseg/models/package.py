@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -148,6 +148,19 @@ class ModelPackage:
         return digest([self.plan.digest(), self.configuration_name, weights, *before, *after])
 
 
+def learnt_from(package: ModelPackage) -> dict[str, list[str]]:
+    """By task the cases, labelled or not, that a model's weights follow from: its own and those of the models
+    that it started from, as far as its provenance tells."""
+    folds = package.provenance.get("folds", {})
+    told = [package.provenance, *(fold for fold in folds.values() if isinstance(fold, dict))]
+    found = {package.plan.task: {*package.trained_on}}
+    for one in told:
+        found[package.plan.task] |= {*one.get("unlabelled", ())}
+        for task, cases in one.get("learnt_before", {}).items():
+            found.setdefault(task, set()).update(cases)
+    return {task: sorted(cases) for task, cases in sorted(found.items()) if cases}
+
+
 def halved(package: ModelPackage) -> ModelPackage:
     """The same model with its weights rounded to half as many bits (float16). So they are stored; what
     is computed with them is computed in float32.
@@ -170,11 +183,11 @@ def _half(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return rounded
 
 
-def save_package(folder: Path, package: ModelPackage) -> None:
+def save_package(folder: Path, package: ModelPackage, *, outdated: Sequence[Path] = ()) -> None:
     """Write a package to a new folder, or over an older package.
 
     All files are written beside the folder first, so that an older package outlives a full disk.
-    The index moves last.
+    ``outdated`` files, which speak of the older one, go before any moves, and the index moves last.
     """
     new_folder(folder, holds=INDEX)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
@@ -216,7 +229,8 @@ def save_package(folder: Path, package: ModelPackage) -> None:
             provenance=package.provenance,
         )
         write_json(aside / INDEX, index.model_dump(mode="json"))
-        (folder / INDEX).unlink(missing_ok=True)
+        for path in (*outdated, folder / INDEX):
+            path.unlink(missing_ok=True)
         shutil.rmtree(folder / PREVIOUS, ignore_errors=True)
         for file in (*named, "README.md", *(PREVIOUS for _ in nested), INDEX):
             (aside / file).replace(folder / file)

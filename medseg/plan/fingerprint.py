@@ -182,6 +182,11 @@ def read_fingerprint(path: Path) -> Fingerprint:
         raise InputError(f"{path} has another format", "Plan anew") from None
 
 
+def image_hash(volume: Volume) -> str:
+    """SHA-256 of a scan's values, whatever file they come from."""
+    return digest(np.ascontiguousarray(volume.values).tobytes())
+
+
 def _measure(task: Task, case: Case) -> tuple[CasePrint, NDArray[np.float64]]:
     """The case's row, and intensities (channels, n) sampled from its foreground."""
     volume, labels = load_case(task, case)
@@ -200,7 +205,7 @@ def _measure(task: Task, case: Case) -> tuple[CasePrint, NDArray[np.float64]]:
         label_cut=tuple(sorted(cut(labels))),
         channels=channel_prints(volume),
         nonzero_share=float(np.count_nonzero(filled) / labels.values.size),
-        image_hash=digest(np.ascontiguousarray(volume.values).tobytes()),
+        image_hash=image_hash(volume),
     )
     return row, _sample(volume, labels)
 

@@ -349,9 +349,11 @@ class Plan(Strict):
             )
         return self.configurations[name]
 
-    def digest(self) -> str:
-        """SHA-256 of what the plan decides; reasons and costs do not count."""
-        return digest(_without_reasons(self.model_dump(mode="json", exclude={"configurations": {"__all__": {"cost"}}})))
+    def digest(self, *, members: bool = True) -> str:
+        """SHA-256 of what the plan decides; reasons and costs do not count, nor, where they are not to,
+        how many members a model has."""
+        aside = {"cost"} if members else {"cost", "members"}
+        return digest(_without_reasons(self.model_dump(mode="json", exclude={"configurations": {"__all__": aside}})))
 
     def preparation(self, name: str) -> str:
         """SHA-256 of what preprocessed cases of a configuration stand on: plans that only train in another

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from medseg.infer.predict import segment
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore, StoredCase
 from medseg.models.build import build
-from medseg.models.package import ModelPackage
+from medseg.models.package import ModelPackage, learnt_from
 from medseg.plan.cost import require_room
 from medseg.plan.plan import Configuration, Plan, Training
 from medseg.train.batches import Batches, Feed
@@ -35,6 +36,8 @@ from medseg.train.teacher import TaughtBatches, answered, beside
 
 _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS, _PICTURED = 10, 4
+# Into so many parts a run is divided by the checkpoints that it may go back to.
+_PARTS = 10
 _CLIP = 12.0
 _EMA = 0.999
 _MOMENTUM = 0.99
@@ -147,13 +150,15 @@ def train(
     the same weights, bit for bit, however often the run was stopped or killed; on a GPU only where
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
     predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
-    step. With several ``ranks`` each takes its share of every batch. ``start`` is a model whose weights
-    to begin with, as far as they are `fitting`. A plan that has a mean teacher needs ``unlabelled`` cases.
-    A second stage needs what comes ``before`` it, which goes into its package.
+    step, on a GPU after up to 16 of them. With several ``ranks`` each takes its share of every batch.
+    ``start`` is a model whose weights to begin with, as far as they are `fitting`; whether it has seen a
+    case that is held out is for the caller to know. A plan that has a mean teacher needs ``unlabelled``
+    cases. A second stage needs what comes ``before`` it, which goes into its package.
 
-    A loss that is no number brings the run back to its last checkpoint, to go on at half the learning
-    rate, once. Raises MedsegError where that happens again, or another run has the same place, and
-    `StoppedError`, with a checkpoint written, where it was asked to.
+    A loss that is no number brings the run back to where the last tenth of it began (the clock, and where
+    it was stopped, decide nothing), to go on at half the learning rate, once. Raises MedsegError where
+    that happens again, or another run has the same place, and `StoppedError`, with a checkpoint written,
+    where it was asked to.
     """
     device, configuration, cases = prepare(plan, setup, store, ranks)
     found = _found(configuration, setup, before)
@@ -184,7 +189,7 @@ def train(
         members.append(learner.learnt())
         records += [{**line, "seconds": round(seconds + line["seconds"], 2)} for line in told]
         seconds, setbacks = seconds + learner.seconds, setbacks + learner.setbacks
-    made = provenance(learner, course, setup, device)
+    made = provenance(learner, course, setup, device, start)
     package = ModelPackage(
         plan=plan,
         configuration_name=setup.configuration,
@@ -225,6 +230,9 @@ def prepare(
     torch.set_num_threads(setup.threads)
     device = ranks.device(pick_device(setup.device))
     _repeatable(setup.deterministic, device)
+    if device.type == "cuda":  # what torch keeps of an earlier training of this process counts as taken
+        gc.collect()
+        torch.cuda.empty_cache()
     configuration = plan.configuration(setup.configuration)
     if configuration.previous is not None and plan.training.wants_unlabelled:
         raise InputError(
@@ -243,10 +251,10 @@ def prepare(
 def identity_of(
     plan: Plan, setup: Setup, ranks: Ranks, start: ModelPackage | None, unlabelled: Sequence[StoredCase] = ()
 ) -> dict[str, Any]:
-    """All that a run's weights follow from."""
+    """All that a run's weights follow from: not how many members there are, so that one can be added later."""
     return {
         "format": 2,
-        "plan": plan.digest(),
+        "plan": plan.digest(members=False),
         "configuration": setup.configuration,
         "fold": setup.fold,
         "seed": setup.seed,
@@ -258,8 +266,11 @@ def identity_of(
     }
 
 
-def provenance(learner: Learner, course: Course, setup: Setup, device: torch.device) -> dict[str, Any]:
-    """How the weights came to be, for whoever reads the package."""
+def provenance(
+    learner: Learner, course: Course, setup: Setup, device: torch.device, start: ModelPackage | None
+) -> dict[str, Any]:
+    """How the weights came to be, for whoever reads the package; ``learnt_before`` names, task by task, the
+    cases that ``start`` has learnt from."""
     identity = course.identity
     return {
         "versions": versions(),
@@ -273,8 +284,9 @@ def provenance(learner: Learner, course: Course, setup: Setup, device: torch.dev
         "setbacks": learner.setbacks,
         "start": identity["start"],
         "seconds": round(learner.seconds, 1),
-        "plan": identity["plan"],
+        "plan": course.plan.digest(),
         **{name: identity[name] for name in ("unlabelled", "previous") if name in identity},
+        **({"learnt_before": learnt_from(start)} if start else {}),
     }
 
 
@@ -305,6 +317,9 @@ def run(
             for losses in learner.stretches(course, steps, every):
                 if not all(map(math.isfinite, losses)):
                     learner = learner.gone_back(log, identity, fresh(), losses)
+                    if ranks.first:  # should it be stopped now, it knows of the setback
+                        learner.save(log, identity)
+                        saved = time.perf_counter()
                     break
                 stopping = ranks.any(stop())
                 learner.recent += losses
@@ -328,9 +343,10 @@ def run(
                         log.picture(learner.step, image)
                     if ranks.first:
                         log.write(record)
-                due = validated or ended or stopping or time.perf_counter() - saved > _CHECKPOINT_SECONDS
+                keep = not ended and _parted(learner.step, steps, every)
+                due = keep or validated or ended or stopping or time.perf_counter() - saved > _CHECKPOINT_SECONDS
                 if due and ranks.first:
-                    learner.save(log, identity)
+                    learner.save(log, identity, keep=keep)
                     saved = time.perf_counter()
                 done += len(losses)
                 left = (time.perf_counter() - begun) / done * (steps - learner.step)
@@ -410,8 +426,8 @@ class Learner:
                     _average(self.average, self.network, self.step)
                 yield self.ranks.mean(torch.stack(losses)).tolist()
 
-    def save(self, log: RunLog, identity: dict[str, Any]) -> None:
-        """Write a checkpoint."""
+    def save(self, log: RunLog, identity: dict[str, Any], *, keep: bool = False) -> None:
+        """Write a checkpoint; with ``keep``, one to go back to."""
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for number, slots in self.optimiser.state_dict()["state"].items():
@@ -429,11 +445,13 @@ class Learner:
                 "recent": self.recent,
                 "scaler": self.scaler.state_dict(),
             },
+            keep=keep,
         )
 
-    def take_up(self, log: RunLog, identity: dict[str, Any]) -> None:
-        """Go on from the log's checkpoint, if there is one. Raises InputError where it is another run's."""
-        found = log.load()
+    def take_up(self, log: RunLog, identity: dict[str, Any], *, kept: bool = False) -> None:
+        """Go on from the log's last checkpoint, or from the one ``kept``, if there is one. Raises InputError
+        where it is another run's."""
+        found = log.load(kept=kept)
         if self.ranks.first:
             log.rewind(found[1]["step"] if found else 0)
         self.ranks.wait()
@@ -458,7 +476,7 @@ class Learner:
         self.recent = list(state["recent"])
 
     def gone_back(self, log: RunLog, identity: dict[str, Any], fresh: Learner, losses: list[float]) -> Learner:
-        """A learner at the last checkpoint (``fresh`` where there is none), which knows of the setback.
+        """A learner at the checkpoint to go back to (``fresh`` where there is none), which knows of the setback.
         Raises MedsegError where it is not the first."""
         bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
         if self.setbacks:
@@ -467,7 +485,7 @@ class Learner:
                 f"half the learning rate; the last checkpoint is kept. Lower the learning rate in plan.json, or look "
                 "for a case with broken intensities, and train again."
             )
-        fresh.take_up(log, identity)
+        fresh.take_up(log, identity, kept=True)
         fresh.setbacks += 1
         return fresh
 
@@ -589,6 +607,11 @@ def _due(step: int, steps: int, every: int) -> bool:
     """Whether one of some ten validations, evenly spread, falls on this epoch's end."""
     epochs = max(1, steps // every)
     return (step // every) % max(1, epochs // _VALIDATIONS) == 0
+
+
+def _parted(step: int, steps: int, every: int) -> bool:
+    """Whether one of some ten parts of a run ends here, at an epoch's end."""
+    return step % every == 0 and (step // every) % max(1, steps // every // _PARTS) == 0
 
 
 def _average(average: nn.Module, network: nn.Module, step: int) -> None:

@@ -82,7 +82,7 @@ def pretrain(
         members=({name: tensor for name, tensor in learner.learnt().items() if name not in heads},),
         trained_on=setup.train,
         held_out=setup.held_out,
-        provenance=provenance(learner, course, setup, device),
+        provenance=provenance(learner, course, setup, device, start),
     )
 
 

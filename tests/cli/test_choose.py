@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,7 +175,7 @@ def test_all_folds_are_one_process(medseg: Any, planned: Path, monkeypatch: pyte
 
 
 def test_what_one_fold_is_told_all_are_told(
-    medseg: Any, chosen: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    medseg: Any, chosen: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And a fold that began otherwise is trained anew."""
     run, _ = chosen
@@ -182,12 +184,34 @@ def test_what_one_fold_is_told_all_are_told(
     assert medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3).status == 0
     assert [words[0] for words in called] == ["choose"]
     called.clear()
-    how = ("--from", str(run / "3d" / "fold0" / "model"), "--mlflow", "http://localhost:1")
+    # A fold's model has seen what another one holds out.
+    mine = run / "3d" / "fold0" / "model"
+    medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3, "--from", mine).refused("to start from has learnt")
+    assert not called
+    other = load_package(mine)
+    save_package(tmp_path / "other", replace(other, plan=other.plan.model_copy(update={"task": "Task01_other"})))
+    how = ("--from", str(tmp_path / "other"), "--mlflow", "http://localhost:1")
     assert medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3, *how).status == 0
     trained = [" ".join(words) for words in called if words[0] == "train"]
     assert len(trained) == 6
     assert all(" ".join(how) in words for words in trained)
     medseg("train", run, "--all-folds", "--fold", 1).refused("--fold trains one fold, --all-folds every one")
+
+
+def test_stopped_between_the_verbs_it_can_be_taken_up(
+    medseg: Any, planned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(planned, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "2d", ignore_errors=True)
+    command = ("train", tmp_path / "run", "--all-folds", "-c", "2d", "--threads", 1, "--device", "cpu", "--seed", 3)
+    places = ("medseg.cli.preprocess._fill", "medseg.cli.predict._computed", "medseg.evaluate.score.evaluate")
+    for place, number in zip(places, (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), strict=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, lambda *_, number=number, **__: os.kill(os.getpid(), number))
+            medseg(*command).refused("the same command goes on from what is done", status=75)
+    assert (tmp_path / "run" / "2d" / "fold0" / "predictions" / "predictions.json").exists()
+    assert not (tmp_path / "run" / "2d" / "fold0" / "metrics.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_run_with_nothing_to_choose_from(medseg: Any, planned: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from medseg.models.package import load_package
@@ -142,3 +144,33 @@ def test_scans_not_preprocessed_are_missed_and_those_of_a_held_out_subject_left_
     assert load_package(run / "3d" / "fold0" / "model").provenance["unlabelled"] == ["blob_005"]
     (task / "subjects.json").write_text(json.dumps({"blob_004": held_out[0], "blob_005": held_out[0]}))
     medseg("train", run, "--threads", 1).refused("of a subject that is held out")
+
+
+def test_a_copy_of_a_training_case_under_another_name_is_refused(
+    medseg: Any, tiny_task: Callable[..., Path], small_plan: Any, tmp_path: Path
+) -> None:
+    task, run = tiny_task(tmp_path / "Task00_blobs", 4, unlabelled=2), tmp_path / "run"
+    planned(medseg, task, run, small_plan, "--unlabelled", "teacher")
+    image = nib.load(task / "imagesTr" / "blob_001.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), task / "imagesTs" / "blob_005.nii.gz")
+    medseg("preprocess", run, "--threads", 1).refused("case blob_005: ", "equals that of the training case blob_001")
+    assert not (run / "3d" / "unlabelled" / "store.json").exists()
+
+
+def test_other_scans_under_test_have_all_folds_trained_anew(
+    medseg: Any, tiny_task: Callable[..., Path], small_plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, run = tiny_task(tmp_path / "Task00_blobs", 4, unlabelled=3), tmp_path / "run"
+    planned(medseg, task, run, small_plan, "--unlabelled", "teacher", steps=2)
+    every = ("train", run, "--all-folds", "--threads", 1, "--device", "cpu")
+    assert medseg(*every).status == 0
+    called: list[str] = []
+    monkeypatch.setattr("medseg.cli.folds._run", lambda *words: called.append(words[0]))
+    assert medseg(*every).status == 0
+    assert called == ["choose"]
+    called.clear()
+    described = json.loads((task / "dataset.json").read_text())
+    described["test"].pop()
+    (task / "dataset.json").write_text(json.dumps(described))
+    assert medseg(*every).status == 0
+    assert called == ["preprocess", "train", "train", "choose"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from medseg.core.labels import LabelSet
 from medseg.io.nifti import read_labels, read_volume
-from medseg.models.package import load_package
+from medseg.models.package import load_package, save_package
 from medseg.plan.plan import read_plan
 
 VERBS = ["check", "plan", "preprocess", "train", "predict", "evaluate", "report"]
@@ -154,6 +157,64 @@ def test_training_again_where_it_ended_changes_nothing(made: Any, medseg: Any, t
     assert load_package(mine.model).digest() == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stopped_after_the_last_step_it_goes_on_from_there(
+    made: Any, medseg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    mine = made.copy(tmp_path)
+    before = load_package(mine.model).digest()
+    with monkeypatch.context() as patched:
+        patched.setattr("medseg.train.calibrate.calibration_of", lambda *_, **__: os.kill(os.getpid(), number))
+        stopped = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    stopped.refused("the same command goes on from what is done", status=75)
+    outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert "step " not in outcome.out.replace("160 steps", "")
+    assert load_package(mine.model).digest() == before
+
+
+def test_broken_off_before_engines_are_compared_a_fold_counts_as_not_done(
+    made: Any, medseg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = made.copy(tmp_path)
+
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medseg.infer.agreement.measure", broken)
+    assert medseg("train", mine.run, "--threads", 1, "--device", "cpu").status == 1
+    assert not load_package(mine.model).engines
+    assert not (mine.fold / "log.json").exists()
+
+
+def test_a_model_that_has_seen_the_held_out_cases_is_no_start(
+    made: Any, medseg: Any, small_plan: Any, tmp_path: Path
+) -> None:
+    mine = made.copy(tmp_path)
+    held_out = json.loads((mine.run / "folds.json").read_text())["folds"][1]["validation"]
+    command = ("train", mine.run, "--fold", 1, "--threads", 1, "--device", "cpu", "--from")
+    words = ("fold 1 holds it out, and the model ", "to start from has learnt from it", "another task")
+    medseg(*command, mine.model).refused(f"case {held_out[0]}: ", *words)
+    # Nor one of another task that itself began with such a model, nor one that saw another case of a subject.
+    package = load_package(mine.model)
+    elsewhere = package.plan.model_copy(update={"task": "Task01_other"})
+    later = {**package.provenance, "learnt_before": {"Task00_blobs": [held_out[1]]}}
+    save_package(tmp_path / "later", replace(package, plan=elsewhere, provenance=later))
+    medseg(*command, tmp_path / "later").refused(f"case {held_out[1]}: ", *words)
+    scan = {**package.provenance, "unlabelled": ["blob_006"]}
+    save_package(tmp_path / "scan", replace(package, trained_on=(), provenance=scan))
+    (mine.task / "subjects.json").write_text(json.dumps({"blob_006": held_out[0]}))
+    medseg(*command, tmp_path / "scan").refused(f"case {held_out[0]}: ", "from blob_006, of the same subject")
+    # What this fold trains on is no secret, and what a start has learnt from is handed on.
+    plan = json.loads((mine.run / "plan.json").read_text())
+    plan["configurations"]["3d"]["steps"]["value"] = 2
+    (mine.run / "plan.json").write_text(json.dumps(plan))
+    (mine.task / "subjects.json").unlink()
+    said = medseg("train", mine.run, "--fold", 0, "--threads", 1, "--device", "cpu", "--from", made.model)
+    assert said.status == 0, said
+    assert load_package(mine.model).provenance["learnt_before"] == {"Task00_blobs": sorted(package.trained_on)}
+
+
 def test_a_budget_becomes_steps_and_is_told_with_what_they_cost(made: Any, medseg: Any, tmp_path: Path) -> None:
     budgets = ("--budget", "3d=30s", "--budget", "2d=20s")
     outcome = medseg("plan", made.task, "-o", tmp_path / "run", "--machine", "cpu", *budgets, "--threads", 1)
@@ -213,8 +274,17 @@ def test_planning_again_keeps_folds_and_puts_an_edited_plan_aside(made: Any, med
     assert (mine.run / "folds.json").read_bytes() == folds
     assert read_plan(mine.run / "plan.earlier.json") == edited
     again = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu", "--no-measure")
-    assert "plan.earlier.json" not in again.err
+    assert "plan.earlier" not in again.err
     assert read_plan(mine.run / "plan.earlier.json") == edited
+    # A later edit goes beside the first.
+    plan = json.loads((mine.run / "plan.json").read_text())
+    plan["training"]["learning_rate"]["value"] = 1.5e-3
+    (mine.run / "plan.json").write_text(json.dumps(plan))
+    later = read_plan(mine.run / "plan.json")
+    outcome = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu", "--no-measure")
+    assert "plan.earlier.2.json" in outcome.err
+    assert read_plan(mine.run / "plan.earlier.json") == edited
+    assert read_plan(mine.run / "plan.earlier.2.json") == later
 
 
 def test_a_run_folder_goes_with_one_task(made: Any, medseg: Any, tiny_task: Any, tmp_path: Path) -> None:

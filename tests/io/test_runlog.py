@@ -65,6 +65,19 @@ def test_a_later_checkpoint_replaces_an_earlier_one_that_is_in_use(tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.earlier.safetensors", "checkpoint.safetensors"]
 
 
+def test_the_checkpoint_to_go_back_to_stays_until_the_next_of_its_kind(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    assert log.load(kept=True) is None
+    for step, keep in ((1, False), (2, True), (3, False), (4, False), (5, False)):
+        log.save({"x": torch.full((3,), step)}, {"step": step}, keep=keep)
+    for kept, step in ((False, 5), (True, 2)):
+        found = log.load(kept=kept)
+        assert found is not None
+        assert found[1]["step"] == int(found[0]["x"][0]) == step
+    log.save({"x": torch.zeros(3)}, {"step": 6}, keep=True)
+    assert (log.load(kept=True) or ({}, {}))[1]["step"] == 6
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, 0.5, -1])
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path, keep: float) -> None:
     log = RunLog(tmp_path)

@@ -172,6 +172,10 @@ def test_members_differ_and_the_second_is_taken_up_where_it_was_stopped(bench: B
     bench.plan = averaged(bench.plan, 2)
     whole, records = bench.run("whole", steps=8)
     first, second = whole.members
+    # A member that is asked for later is trained alone.
+    begun: list[str] = []
+    assert same(whole, bench.run("alone", steps=8, progress=lambda now: begun.append(now.phase))[0])
+    assert set(begun) == {"training 2 of 2"}
     assert all(torch.equal(first[name], tensor) for name, tensor in alone.members[0].items())
     assert not all(torch.equal(first[name], second[name]) for name in first)
     assert [r["step"] for r in records] == 2 * [r["step"] for r in told]
@@ -406,7 +410,7 @@ def test_after_a_loss_that_is_no_number_it_goes_back_once(
     monkeypatch.setattr(loop, "train_step", Spoiling(3))
     seen: list[int] = []
     package, records = bench.run(steps=10, progress=lambda now: seen.append(now.step))
-    assert seen == [1, 2, *range(3 if every == 0 else 1, 11)]
+    assert seen == [1, 2, *range(1, 11)]  # to the beginning, as no part of the run was done
     assert package.provenance["setbacks"] == 1
     assert [r["step"] for r in records] == [5, 10]
     assert all(torch.isfinite(tensor).all() for tensor in package.members[0].values())
@@ -417,12 +421,12 @@ def test_after_a_loss_that_is_no_number_it_goes_back_once(
 def test_the_second_time_it_stops(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(loop, "train_step", Spoiling(3, 5))
-    with pytest.raises(MedsegError, match=r"the loss is nan at step 4, for the second time .*Lower the learning rate"):
+    with pytest.raises(MedsegError, match=r"the loss is nan at step 2, for the second time .*Lower the learning rate"):
         bench.run()
     (found,) = (bench.folder / "log").iterdir()
     kept = RunLog(found).load()
     assert kept is not None
-    assert kept[1]["step"] == 3
+    assert kept[1]["step"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in kept[0].values())
 
 
@@ -438,6 +442,51 @@ def test_killed_after_a_setback_it_ends_the_same(bench: Bench, monkeypatch: pyte
     monkeypatch.setattr(loop, "train_step", Spoiling())
     parts, _ = bench.run("parts", steps=10)
     assert same(whole, parts)
+
+
+@pytest.mark.parametrize("stopped", [6, 7])
+def test_where_it_goes_back_to_is_not_where_it_was_stopped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, same: Any, stopped: int
+) -> None:
+    """Nor where the clock had it write a checkpoint."""
+    monkeypatch.setattr(loop, "train_step", Spoiling(8))
+    seen: list[int] = []
+    whole, records = bench.run("whole", steps=15, progress=lambda now: seen.append(now.step))
+    assert seen == [*range(1, 8), *range(6, 16)]
+    monkeypatch.setattr(loop, "train_step", train_step)
+    asked = iter([False] * (stopped - 1) + [True])
+    with pytest.raises(StoppedError):
+        bench.run("parts", steps=15, stop=lambda: next(asked))
+    monkeypatch.setattr(loop, "train_step", Spoiling(8 - stopped))
+    parts, again = bench.run("parts", steps=15)
+    assert same(whole, parts)
+    assert parts.provenance["setbacks"] == whole.provenance["setbacks"] == 1
+    assert [r["loss"] for r in again] == [r["loss"] for r in records]
+
+
+def test_stopped_just_after_it_went_back_it_knows_of_that(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, same: Any
+) -> None:
+    monkeypatch.setattr(loop, "train_step", Spoiling(8))
+    whole, _ = bench.run("whole", steps=15)
+    monkeypatch.setattr(loop, "train_step", Spoiling(8))
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("parts", steps=15, progress=Twice(6))
+    monkeypatch.setattr(loop, "train_step", train_step)
+    parts, _ = bench.run("parts", steps=15)
+    assert same(whole, parts)
+
+
+class Twice:
+    """As by ctrl-C, when a step is done for the second time."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.count = step, 0
+
+    def __call__(self, now: Progress) -> None:
+        self.count += now.step == self.step
+        if self.count == 2:
+            raise KeyboardInterrupt
 
 
 def test_a_gradient_that_is_no_number_makes_such_a_loss() -> None:
