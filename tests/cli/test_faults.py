@@ -38,8 +38,8 @@ def put(value: float, dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 IMAGE, LABEL = "imagesTr/blob_002.nii.gz", "labelsTr/blob_002.nii.gz"
 BAD = {
-    "image missing": (lambda t: (t / IMAGE).unlink(), ["is missing"]),
-    "label missing": (lambda t: (t / LABEL).unlink(), ["is missing"]),
+    "image missing": (lambda t: (t / IMAGE).unlink(), [f"{IMAGE} is missing"]),
+    "label missing": (lambda t: (t / LABEL).unlink(), [f"{LABEL} is missing"]),
     "image empty": (lambda t: (t / IMAGE).write_bytes(b""), ["is empty"]),
     "image truncated": (lambda t: (t / IMAGE).write_bytes((t / IMAGE).read_bytes()[:3000]), ["truncated"]),
     "image no NIfTI": (lambda t: (t / IMAGE).write_bytes(b"P5 7 7 255" * 99), ["not a NIfTI file"]),
@@ -47,8 +47,8 @@ BAD = {
     "other place": (lambda t: rewrite(t / LABEL, lambda v: v, 3.0), ["mm apart"]),
     "unlisted value": (lambda t: rewrite(t / LABEL, put(9, np.uint8)), ["the value 9", "1 left blob"]),
     "half a label": (lambda t: rewrite(t / LABEL, put(1.5, np.float32)), ["not whole numbers"]),
-    "NaN": (lambda t: rewrite(t / IMAGE, put(np.nan, np.float32)), ["1 voxels that are NaN or infinite"]),
-    "inf": (lambda t: rewrite(t / IMAGE, put(np.inf, np.float32)), ["1 voxels that are NaN or infinite"]),
+    "NaN": (lambda t: rewrite(t / IMAGE, put(np.nan, np.float32)), [IMAGE, "1 voxel that is NaN or infinite"]),
+    "inf": (lambda t: rewrite(t / IMAGE, put(np.inf, np.float32)), [IMAGE, "1 voxel that is NaN or infinite"]),
     "a channel too many": (lambda t: rewrite(t / IMAGE, lambda v: np.stack([v, v], -1)), ["has 2 channels"]),
 }
 
@@ -63,7 +63,7 @@ def test_a_bad_case_is_named_by_every_verb_that_meets_it(made: Any, medseg: Any,
     assert checked.err == ""
     (line,) = [line for line in checked.out.splitlines() if line.startswith("error: case blob_002: ")]
     assert all(word in line for word in words)
-    assert "5 ok" in checked.out
+    assert "5 ok, 0 with warnings, 1 with errors. Not fit for use." in checked.out
     medseg("plan", mine.task, "-o", tmp_path / "new").refused("case blob_002: ", *words)
     assert not [p for p in (tmp_path / "new").iterdir() if not p.name.startswith(".")]
     medseg("preprocess", mine.run, "--threads", 1).refused("case blob_002: ", *words)
