@@ -40,8 +40,7 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
     from medseg.infer.agreement import measure
     from medseg.infer.predict import Predictor
     from medseg.io.files import new_folder
-    from medseg.io.nifti import read_labels
-    from medseg.io.sidecar import read_index
+    from medseg.io.sidecar import read_index, read_prediction
     from medseg.models.package import INDEX, load_package, record_engines, save_package
     from medseg.preprocess.regrid import preprocess
     from medseg.train.choose import choose as choose_model
@@ -61,10 +60,7 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
 
     def load(name: str, case: str) -> tuple[LabelMap, LabelMap]:
         reference = load_labels(task, task.case(case))
-        try:
-            prediction = read_labels(paths[name, case], task.labels)
-        except InputError as error:
-            raise error.of_case(case) from None
+        prediction = read_prediction(paths[name, case], task.labels, case)
         require_same_grid(prediction, reference, case)
         return prediction, reference
 

@@ -80,8 +80,7 @@ def _curves(folder: RunFolder, plan: Plan) -> Iterator[Curve]:
 def _overlays(folder: RunFolder, task: Task, scored: tuple[Scored, ...]) -> Iterator[Overlay]:
     """Best, median and worst case of each configuration, read anew from their files."""
     from medseg.dataset.task import load_case
-    from medseg.io.nifti import read_labels
-    from medseg.io.sidecar import read_index
+    from medseg.io.sidecar import read_index, read_prediction
     from medseg.report.page import Overlay, case_dice, pick_cases
 
     for configuration in dict.fromkeys(one.configuration for one in scored):
@@ -91,7 +90,7 @@ def _overlays(folder: RunFolder, task: Task, scored: tuple[Scored, ...]) -> Iter
         for kind, case in pick_cases(rows).items():
             volume, reference = load_case(task, task.case(case))
             index = read_index(folder.fold(configuration, fold_of[case]) / "predictions")
-            prediction = read_labels(index[case], task.labels)
+            prediction = read_prediction(index[case], task.labels, case)
             yield Overlay(
                 case=case,
                 configuration=configuration,
