@@ -130,7 +130,8 @@ def test_training_wants_the_cases_of_its_own_plan(made: Any, medseg: Any, tmp_pa
     (mine.run / "plan.json").write_text(json.dumps(plan))
     medseg("train", mine.run, *QUICK).refused("preprocessed by another plan", "medseg preprocess")
     (mine.run / "3d" / "preprocessed" / "store.json").unlink()
-    medseg("train", mine.run, "--fold", 1, *QUICK).refused("store.json is missing", "medseg preprocess")
+    command = f"`medseg preprocess {mine.run} -c 3d`"
+    medseg("train", mine.run, "--fold", 1, *QUICK).refused("store.json is missing", command)
     assert not (mine.run / "3d" / "fold1").exists()
 
 
@@ -149,13 +150,15 @@ def test_evaluation_of_what_is_no_prediction(made: Any, medseg: Any, tmp_path: P
     index = json.loads((folder / "predictions.json").read_text())
     case, name = next(iter(index["cases"].items()))
     (folder / name).unlink()
-    medseg("evaluate", folder, made.task).refused(f"case {case}: {name} is missing")
+    medseg("evaluate", folder, made.task).refused(
+        f"case {case}: its prediction {folder / name} is missing. Predict it again"
+    )
     (folder / "predictions.json").write_text(json.dumps({**index, "cases": {"nobody": name}}))
     medseg("evaluate", folder, made.task).refused("nobody")
     (folder / "predictions.json").write_text(json.dumps({**index, "cases": {}}))
     medseg("evaluate", folder, made.task).refused("holds no prediction")
     (folder / "predictions.json").write_text(json.dumps({**index, "failed": {"blob_001": "it is empty"}}))
-    medseg("evaluate", folder, made.task).refused("were not predicted (blob_001: it is empty)")
+    medseg("evaluate", folder, made.task).refused("1 case of", "was not predicted (blob_001: it is empty)")
     assert not list(tmp_path.rglob("metrics*"))
 
 
