@@ -113,7 +113,13 @@ def _chosen(folder: RunFolder) -> Iterator[Decision]:
     package = load_package(folder.model)
     if known := package.evaluation:
         networks = f"{package.configuration_name}, the average of {len(package.members)} folds"
-        yield Decision("model", networks, f"the best mean Dice out of fold: {known.dice}, on {known.cases} cases")
+        reason = f"the best mean Dice out of fold: {known.compared[0].dice}, on {known.compared[0].cases} cases"
+        if package.refinement:
+            reason += (
+                f"; {known.dice} with the post-processing below, which the model applies. The tables and pictures of "
+                "this page show the folds' predictions without it"
+            )
+        yield Decision("model", networks, reason)
         for rule in package.refinement.rules if package.refinement else ():
             yield Decision(f"post-processing of {rule.name}", str(rule), "it helps out of fold")
 
@@ -140,22 +146,36 @@ def _decisions(plan: Plan) -> Iterator[Decision]:
 
 
 def _commands(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[str]:
-    yield "medseg plan TASK -o RUN"
+    yield "medseg plan TASK -o RUN --no-measure"
+    yield "# THIS is the folder of this run. The same plan and folds, whatever budget and machine they were made for:"
+    yield "cp THIS/plan.json THIS/folds.json RUN/"
     for configuration in dict.fromkeys(one.configuration for one in scored):
         yield f"medseg preprocess RUN -c {configuration}"
         for one in scored:
             if one.configuration == configuration:
                 yield from _fold_commands(folder, one)
     if folder.model.exists():
-        yield "medseg choose RUN"
+        yield f"medseg choose RUN{_among(folder)}"
     yield "medseg report RUN"
+
+
+def _among(folder: RunFolder) -> str:
+    """Which folds of which configurations `medseg choose` chose among, as options."""
+    from medseg.models.package import INDEX, load_package
+
+    known = load_package(folder.model).evaluation if (folder.model / INDEX).exists() else None
+    if known is None:
+        return ""
+    partial = any(len(one.folds) < known.of_folds for one in known.compared)
+    return "".join(f" -c {one.configuration}" for one in known.compared) + (" --partial" if partial else "")
 
 
 def _fold_commands(folder: RunFolder, one: Scored) -> Iterator[str]:
     package = f"RUN/{one.configuration}/fold{one.fold}"
     yield f"medseg train RUN -c {one.configuration} --fold {one.fold} {_length(folder, one)}".rstrip()
     yield f"medseg predict TASK --held-out -m {package}/model -o {package}/predictions"
-    yield f"medseg evaluate {package}/predictions TASK -o {package}"
+    tolerance = f" --tolerance {one.rows[0].tolerance_mm:g}" if one.rows else ""
+    yield f"medseg evaluate {package}/predictions TASK -o {package}{tolerance}"
 
 
 def _length(folder: RunFolder, one: Scored) -> str:
