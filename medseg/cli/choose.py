@@ -125,5 +125,7 @@ def _show(package: ModelPackage, place: Path) -> None:
     click.echo(table(rows, right=(1, 2, 3)))
     for rule in package.refinement.rules if package.refinement else ():
         click.echo(f"post-processing of {rule.name}: {rule}")
+    if known.dice.low is None:
+        click.echo(f"{known.subjects} subjects are too few to say how good it is on others: there is no interval")
     networks = f"{len(package.members)} network{'s' if len(package.members) > 1 else ''}"
     click.echo(f"{package.name}: {networks}, Dice {known.dice} out of fold; {place}")
