@@ -1,5 +1,6 @@
 # What the rules share: the configuration, checked; which tasks there are; how many cores a job takes.
 
+import difflib
 import json
 import os
 import re
@@ -13,13 +14,24 @@ from snakemake.exceptions import WorkflowError
 configfile: str(Path(workflow.basedir) / "pipelines" / "config.yaml")
 
 
+def remedy(problem):
+    """How to mend it: the nearest key for one that there is not, or what the schema says of the value."""
+    if problem.validator == "additionalProperties":
+        known = problem.schema["properties"]
+        near = [difflib.get_close_matches(key, known, n=1) for key in problem.instance if key not in known]
+        return "".join(f" Did you mean {found[0]}?" for found in near[:1] if found)
+    while problem is not None and "description" not in problem.schema:
+        problem = problem.parent
+    return f" {problem.schema['description']}." if problem else ""
+
+
 def checked(config):
     """The configuration, if the schema allows it; otherwise one line that says what is wrong."""
     schema = json.loads((Path(workflow.basedir) / "pipelines" / "schemas" / "config.schema.json").read_text())
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(config))
     if problem is not None:
         where = ".".join(str(part) for part in problem.absolute_path) or "the top level"
-        raise WorkflowError(f"medseg: the configuration is wrong at {where}: {problem.message}. See pipelines/config.yaml.")
+        raise WorkflowError(f"medseg: the configuration is wrong at {where}: {problem.message}.{remedy(problem)} See pipelines/config.yaml.")
     return config
 
 
@@ -35,7 +47,7 @@ RESULTS = config["results"]
 CONFIGURATIONS = listed(config["configurations"])
 FOLDS = config["folds"]
 if max(FOLDS) >= config["of_folds"]:
-    raise WorkflowError(f"medseg: fold {max(FOLDS)} of {config['of_folds']}: folds are counted from 0.")
+    raise WorkflowError(f"medseg: fold {max(FOLDS)} of {config['of_folds']}: valid are 0 to {config['of_folds'] - 1}.")
 
 # A second stage is told what the folds of the first found in the cases that each held out.
 BEFORE = {"3d-cascade": "3d-low"}

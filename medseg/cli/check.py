@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from medseg.cli.common import FOLDER, progress, table
+from medseg.core.words import count
 
 if TYPE_CHECKING:
-    from medseg.dataset.check import CaseCheck
+    from medseg.dataset.check import CaseCheck, CheckReport
 
 
 @click.command()
@@ -39,13 +40,21 @@ def check(task: Path, as_json: bool, output: Path | None) -> None:
         for case in report.cases:
             for problem in case.problems:
                 click.echo(f"{problem.severity}: case {case.id}: {problem}")
-        counts = report.as_json()["counts"]
-        click.echo(
-            f"{report.task}: {len(report.cases)} cases, {counts['ok']} ok, {counts['warning']} with warnings, "
-            f"{counts['error']} with errors. {'Fit for use.' if report.ok else 'Not fit for use.'}"
-        )
+        click.echo(_summary(report))
     if not report.ok:
         raise SystemExit(2)
+
+
+def _summary(report: CheckReport) -> str:
+    counts = report.as_json()["counts"]
+    text = (
+        f"{report.task}: {count(len(report.cases), 'case')}, {counts['ok']} ok, {counts['warning']} with warnings, "
+        f"{counts['error']} with errors"
+    )
+    for severity in ("error", "warning"):
+        if found := sum(problem.severity == severity for problem in report.problems):
+            text += f"; {count(found, severity)} of the dataset"
+    return f"{text}. {'Fit for use.' if report.ok else 'Not fit for use.'}"
 
 
 def _row(case: CaseCheck) -> list[str]:

@@ -40,8 +40,7 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
     from medseg.infer.agreement import measure
     from medseg.infer.predict import Predictor
     from medseg.io.files import new_folder
-    from medseg.io.nifti import read_labels
-    from medseg.io.sidecar import read_index
+    from medseg.io.sidecar import read_index, read_prediction
     from medseg.models.package import INDEX, load_package, record_engines, save_package
     from medseg.preprocess.regrid import preprocess
     from medseg.train.choose import choose as choose_model
@@ -61,10 +60,7 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
 
     def load(name: str, case: str) -> tuple[LabelMap, LabelMap]:
         reference = load_labels(task, task.case(case))
-        try:
-            prediction = read_labels(paths[name, case], task.labels)
-        except InputError as error:
-            raise error.of_case(case) from None
+        prediction = read_prediction(paths[name, case], task.labels, case)
         require_same_grid(prediction, reference, case)
         return prediction, reference
 
@@ -129,5 +125,7 @@ def _show(package: ModelPackage, place: Path) -> None:
     click.echo(table(rows, right=(1, 2, 3)))
     for rule in package.refinement.rules if package.refinement else ():
         click.echo(f"post-processing of {rule.name}: {rule}")
+    if known.dice.low is None:
+        click.echo(f"{known.subjects} subjects are too few to say how good it is on others: there is no interval")
     networks = f"{len(package.members)} network{'s' if len(package.members) > 1 else ''}"
     click.echo(f"{package.name}: {networks}, Dice {known.dice} out of fold; {place}")

@@ -29,8 +29,7 @@ def evaluate(predictions: Path, task: Path, output: Path | None, tolerance: floa
     from medseg.evaluate.score import evaluate as evaluate_cases
     from medseg.evaluate.score import summarise, to_csv, to_json
     from medseg.io.files import write_json, write_text
-    from medseg.io.nifti import read_labels
-    from medseg.io.sidecar import read_index
+    from medseg.io.sidecar import read_index, read_prediction
 
     reference = load_task(task)
     index = read_index(predictions)
@@ -39,10 +38,7 @@ def evaluate(predictions: Path, task: Path, output: Path | None, tolerance: floa
 
     def pairs() -> Iterator[tuple[str, LabelMap, LabelMap]]:
         for case, path in progress("evaluate")(index.items(), len(index)):
-            try:
-                predicted = read_labels(path, reference.labels)
-            except InputError as error:
-                raise error.of_case(case) from None
+            predicted = read_prediction(path, reference.labels, case)
             yield case, predicted, load_labels(reference, reference.case(case))
 
     rows = evaluate_cases(pairs(), tolerance_mm=tolerance)

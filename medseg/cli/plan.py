@@ -120,6 +120,8 @@ def plan(
         click.echo(f"kept {run.folds_file}", err=True)
     else:
         dealt = make_folds(loaded, folds, seed=seed, duplicates=measured.duplicates)
+        if len(dealt) < folds:
+            click.echo(f"{len(dealt)} folds, not {folds}: there are no more subjects", err=True)
     write_json(run.index, {"format": 1, "task": str(task.resolve())})
     write_json(run.path / "fingerprint.json", measured.model_dump(mode="json"))
     if splits or not run.folds_file.exists():
@@ -185,6 +187,7 @@ def _meter(kind: Kind, threads: int) -> Meter:
 
 def _told(name: str, c: Configuration) -> str:
     """A configuration in one line."""
+    from medseg.core.words import duration
     from medseg.plan.cost import gib
 
     size = "x".join(map(str, c.patch.value))
@@ -195,7 +198,7 @@ def _told(name: str, c: Configuration) -> str:
     known = f"measured on {c.cost.measured_on}" if c.cost.measured_on else "reckoned, not measured"
     return (
         f"{text}, {c.network.value.features[0]} features; {c.steps.value} steps of {c.cost.seconds_per_step:.3g} s, "
-        f"{c.cost.hours:.2g} hours, {gib(c.cost.memory_bytes)} ({known}), {gib(c.cost.disk_bytes)} of disk"
+        f"{duration(3600 * c.cost.hours)}, {gib(c.cost.memory_bytes)} ({known}), {gib(c.cost.disk_bytes)} of disk"
     )
 
 

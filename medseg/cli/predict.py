@@ -21,6 +21,7 @@ from medseg.cli.convert import TARGETS, reference_for, write_dicom
 from medseg.cli.jobs import Job, Shard, job_of_channels, jobs_held_out, jobs_of, listed
 from medseg.core.errors import InputError, MedsegError
 from medseg.core.progress import silent
+from medseg.core.words import count
 
 if TYPE_CHECKING:
     from medseg.core.volume import LabelMap, Volume
@@ -199,7 +200,8 @@ def predict(
         for job, outcome in progress("predict")(_run(left, predictor, wanted, choice), len(left)):
             if isinstance(outcome, MedsegError):
                 failed.append((job, outcome))
-                click.echo(f"medseg: {job.scan.name}: {outcome}", err=True)
+                named = "" if job.scan.name in str(outcome) else f"{job.scan.name}: "
+                click.echo(f"medseg: {named}{outcome}", err=True)
             else:
                 results.append(outcome)
     faults = {job.name: str(error) for job, error in failed}
@@ -211,7 +213,8 @@ def predict(
         for result in results:
             _show(result)
     else:
-        click.echo(f"{len(results)} cases predicted into {output}")
+        click.echo(f"{count(len(results), 'case')} predicted into {output}")
+        _show_flagged(results)
     if len(left) < len(jobs) and not as_json:
         click.echo(f"{len(jobs) - len(left)} of {len(jobs)} scans were done before")
     if failed:
@@ -574,6 +577,14 @@ def _show(record: dict[str, Any]) -> None:
     for warning in record["warnings"]:
         word = "warning" if warning not in flagged else "review" if flagged[warning] else "note"
         click.echo(f"{word}: {warning}")
+
+
+def _show_flagged(records: Sequence[dict[str, Any]]) -> None:
+    """Which of many scans a person should look at, and why."""
+    flagged = [record for record in records if record["review"]]
+    click.echo(f"{len(flagged) or 'none'} flagged for review{':' if flagged else ''}")
+    for record in flagged:
+        click.echo(f"{record['scan']}: {'; '.join(flag['reason'] for flag in record['flags'] if flag['review'])}")
 
 
 def _or_dash(value: float | None) -> str:

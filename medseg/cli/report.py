@@ -80,8 +80,7 @@ def _curves(folder: RunFolder, plan: Plan) -> Iterator[Curve]:
 def _overlays(folder: RunFolder, task: Task, scored: tuple[Scored, ...]) -> Iterator[Overlay]:
     """Best, median and worst case of each configuration, read anew from their files."""
     from medseg.dataset.task import load_case
-    from medseg.io.nifti import read_labels
-    from medseg.io.sidecar import read_index
+    from medseg.io.sidecar import read_index, read_prediction
     from medseg.report.page import Overlay, case_dice, pick_cases
 
     for configuration in dict.fromkeys(one.configuration for one in scored):
@@ -91,7 +90,7 @@ def _overlays(folder: RunFolder, task: Task, scored: tuple[Scored, ...]) -> Iter
         for kind, case in pick_cases(rows).items():
             volume, reference = load_case(task, task.case(case))
             index = read_index(folder.fold(configuration, fold_of[case]) / "predictions")
-            prediction = read_labels(index[case], task.labels)
+            prediction = read_prediction(index[case], task.labels, case)
             yield Overlay(
                 case=case,
                 configuration=configuration,
@@ -114,7 +113,13 @@ def _chosen(folder: RunFolder) -> Iterator[Decision]:
     package = load_package(folder.model)
     if known := package.evaluation:
         networks = f"{package.configuration_name}, the average of {len(package.members)} folds"
-        yield Decision("model", networks, f"the best mean Dice out of fold: {known.dice}, on {known.cases} cases")
+        reason = f"the best mean Dice out of fold: {known.compared[0].dice}, on {known.compared[0].cases} cases"
+        if package.refinement:
+            reason += (
+                f"; {known.dice} with the post-processing below, which the model applies. The tables and pictures of "
+                "this page show the folds' predictions without it"
+            )
+        yield Decision("model", networks, reason)
         for rule in package.refinement.rules if package.refinement else ():
             yield Decision(f"post-processing of {rule.name}", str(rule), "it helps out of fold")
 
@@ -141,22 +146,36 @@ def _decisions(plan: Plan) -> Iterator[Decision]:
 
 
 def _commands(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[str]:
-    yield "medseg plan TASK -o RUN"
+    yield "medseg plan TASK -o RUN --no-measure"
+    yield "# THIS is the folder of this run. The same plan and folds, whatever budget and machine they were made for:"
+    yield "cp THIS/plan.json THIS/folds.json RUN/"
     for configuration in dict.fromkeys(one.configuration for one in scored):
         yield f"medseg preprocess RUN -c {configuration}"
         for one in scored:
             if one.configuration == configuration:
                 yield from _fold_commands(folder, one)
     if folder.model.exists():
-        yield "medseg choose RUN"
+        yield f"medseg choose RUN{_among(folder)}"
     yield "medseg report RUN"
+
+
+def _among(folder: RunFolder) -> str:
+    """Which folds of which configurations `medseg choose` chose among, as options."""
+    from medseg.models.package import INDEX, load_package
+
+    known = load_package(folder.model).evaluation if (folder.model / INDEX).exists() else None
+    if known is None:
+        return ""
+    partial = any(len(one.folds) < known.of_folds for one in known.compared)
+    return "".join(f" -c {one.configuration}" for one in known.compared) + (" --partial" if partial else "")
 
 
 def _fold_commands(folder: RunFolder, one: Scored) -> Iterator[str]:
     package = f"RUN/{one.configuration}/fold{one.fold}"
     yield f"medseg train RUN -c {one.configuration} --fold {one.fold} {_length(folder, one)}".rstrip()
     yield f"medseg predict TASK --held-out -m {package}/model -o {package}/predictions"
-    yield f"medseg evaluate {package}/predictions TASK -o {package}"
+    tolerance = f" --tolerance {one.rows[0].tolerance_mm:g}" if one.rows else ""
+    yield f"medseg evaluate {package}/predictions TASK -o {package}{tolerance}"
 
 
 def _length(folder: RunFolder, one: Scored) -> str:

@@ -35,12 +35,9 @@ class FirstStage:
     def found(self, task: Task, case: str) -> LabelMap:
         """The labels that a model found which had not seen the case, on the case's own grid."""
         from medseg.dataset.task import load_labels, require_same_grid
-        from medseg.io.nifti import read_labels
+        from medseg.io.sidecar import read_prediction
 
-        try:
-            found = read_labels(self.paths[case], task.labels)
-        except InputError as error:
-            raise error.of_case(case) from None
+        found = read_prediction(self.paths[case], task.labels, case)
         require_same_grid(load_labels(task, task.case(case)), found, case)
         return found
 

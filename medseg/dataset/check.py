@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -17,13 +17,28 @@ from medseg.core.grid import Grid
 from medseg.core.progress import Progress, silent
 from medseg.core.provenance import digest
 from medseg.core.volume import Volume
-from medseg.dataset.task import Case, Task, load_image, load_task, require_same_grid
-from medseg.io.nifti import is_nifti, read_labels, read_raw_labels, read_volume, stem
+from medseg.core.words import count
+from medseg.dataset.split import FEW_SUBJECTS, subjects_of
+from medseg.dataset.task import (
+    Case,
+    Pairing,
+    Task,
+    UnpairedError,
+    in_place,
+    load_image,
+    load_labels,
+    load_task,
+    pair_files,
+    require_same_grid,
+)
+from medseg.io.nifti import is_nifti, read_raw_labels, read_volume
 
 # A case this much larger or coarser than its task's median is likelier to have strayed in than to
 # belong: within one Decathlon task sizes stay within a factor of eight.
 _STRANGE_VOXELS = 20.0
 _STRANGE_SPACING = 4.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,22 +119,26 @@ def check(folder: Path, *, progress: Progress = silent) -> CheckReport:
         raise InputError(f"{folder} is no folder", "Name the folder of a Decathlon task")
     problems: list[Problem] = []
     task: Task | None = None
+    pairing = Pairing({}, ())
     try:
         task = load_task(folder)
         cases = list(task.cases)
     except InputError as error:
-        problems.append(Problem("error", error.fault, error.remedy))
-        cases = _pairs(folder)
+        pairing = pair_files(folder)
+        # What does not pair is told below, of the folder or of each case.
+        problems += [] if isinstance(error, UnpairedError) else [_error(error)]
+        problems += [_error(fault) for fault in pairing.faults if fault.case is None]
+        cases = _paired(folder, pairing)
     if not cases:
-        if problems:
-            raise InputError(problems[0].fault, problems[0].remedy)
-        raise InputError(f"{folder} holds no case", "A task needs dataset.json, imagesTr and labelsTr")
+        raise InputError(problems[0].fault, problems[0].remedy)
     if task is not None:
         problems += _unlisted(task) + _unknown_subjects(task)
-    rows = list(_each(cases, lambda case: _check_case(task, case), progress))
+    amiss = {fault.case: fault for fault in pairing.faults}
+    rows = list(_each(cases, lambda case: _check_case(folder, task, case, amiss.get(case.id)), progress))
+    twins = _twins(rows)
     rows = _duplicates(_strangers(rows))
     if task is not None:
-        problems += _absent_labels(task, rows)
+        problems += _absent_labels(task, rows) + _few_subjects(task, twins)
     return CheckReport(folder.resolve().name, tuple(problems), tuple(rows))
 
 
@@ -130,26 +149,27 @@ def _each(cases: list[Case], function: Callable[[Case], CaseCheck], progress: Pr
         yield from progress(rows, len(cases))
 
 
-def _check_case(task: Task | None, case: Case) -> CaseCheck:
-    row = CaseCheck(case.id)
+def _check_case(folder: Path, task: Task | None, case: Case, unpaired: InputError | None) -> CaseCheck:
+    row = CaseCheck(case.id, problems=(_error(unpaired),) if unpaired else ())
     volume: Volume | None = None
     try:
-        volume = load_image(task, case) if task else read_volume(case.image)
-        row = _describe(row, volume.grid, volume.channels)
-        row = replace(row, image_hash=digest(np.ascontiguousarray(volume.values).tobytes()))
-        row = _intensities(row, volume)
+        if task or case.image.exists():  # without a task what is not there was told with the pairing
+            volume = load_image(task, case) if task else _in_place(read_volume, folder, case.image)
+            row = _describe(row, volume.grid, volume.channels)
+            row = replace(row, image_hash=digest(np.ascontiguousarray(volume.values).tobytes()))
+            row = _intensities(row, volume)
     except InputError as error:
         row = row.with_problem("error", error.fault, error.remedy)
     if case.label is None:
-        return row.with_problem("error", "the image has no label", "Add the label or move the image to imagesTs")
+        return row
     try:
         if task:
-            label_map = read_labels(case.label, task.labels)
+            label_map = load_labels(task, case)
             values, grid = label_map.values, label_map.grid
             if volume:
                 require_same_grid(volume, label_map, case.id)
         else:
-            values, grid = read_raw_labels(case.label)
+            values, grid = _in_place(read_raw_labels, folder, case.label)
     except InputError as error:
         return row.with_problem("error", error.fault, error.remedy)
     if volume is None:
@@ -173,13 +193,22 @@ def _intensities(row: CaseCheck, volume: Volume) -> CaseCheck:
     return row
 
 
-def _pairs(folder: Path) -> list[Case]:
+def _error(error: InputError) -> Problem:
+    return Problem("error", error.fault, error.remedy)
+
+
+def _in_place(read: Callable[[Path], T], folder: Path, path: Path) -> T:
+    try:
+        return read(path)
+    except InputError as error:
+        raise in_place(error, folder, path) from None
+
+
+def _paired(folder: Path, pairing: Pairing) -> list[Case]:
     """Cases by file name, for a folder whose dataset.json cannot be used."""
-    images = {stem(p): p for p in _niftis(folder / "imagesTr")}
-    labels = {stem(p): p for p in _niftis(folder / "labelsTr")}
     return [
-        Case(name, images.get(name, folder / "imagesTr" / f"{name}.nii.gz"), labels.get(name), name)
-        for name in sorted({*images, *labels})
+        Case(name, image or folder / "imagesTr" / f"{name}.nii.gz", label, name)
+        for name, (image, label) in pairing.files.items()
     ]
 
 
@@ -193,7 +222,7 @@ def _unlisted(task: Task) -> list[Problem]:
     if not found:
         return []
     names = ", ".join(f"{p.parent.name}/{p.name}" for p in found[:3]) + (", ..." if len(found) > 3 else "")
-    fault = f"{len(found)} files are not listed in dataset.json ({names})"
+    fault = f"{count(len(found), 'file')} {'is' if len(found) == 1 else 'are'} not listed in dataset.json ({names})"
     return [Problem("warning", fault, "List them or move them elsewhere; they are not used")]
 
 
@@ -203,21 +232,44 @@ def _unknown_subjects(task: Task) -> list[Problem]:
     if not strange:
         return []
     names = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
-    fault = f"subjects.json names {len(strange)} cases that dataset.json does not ({names})"
+    fault = f"subjects.json names {count(len(strange), 'case')} that dataset.json does not ({names})"
     return [
         Problem("warning", fault, "Correct their ids; a case whose subject is unknown counts as a person of its own")
     ]
 
 
 def _absent_labels(task: Task, rows: list[CaseCheck]) -> list[Problem]:
+    """What `medseg plan` would refuse: a structure that is nowhere cannot be learnt."""
+    if any(row.verdict == "error" for row in rows):
+        return []  # it may be in a case that could not be read
     present = {number for row in rows for number in row.labels}
-    missing = [label for label in task.labels if label.number not in present]
+    if not present:
+        return [
+            Problem("error", f"the label maps of {task.name} are all empty", "Add cases in which something is outlined")
+        ]
     return [
-        Problem(
-            "warning", f"no case has the label {label.number} {label.name}", "Take it off dataset.json or add cases"
-        )
-        for label in missing
+        Problem("error", f"no case has the label {label.number} {label.name}", "Take it off dataset.json or add cases")
+        for label in task.labels
+        if label.number not in present
     ]
+
+
+def _twins(rows: list[CaseCheck]) -> dict[str, str]:
+    """For each case whose image equals an earlier one's, that earlier case."""
+    first: dict[str, str] = {}
+    known = [(row.id, row.image_hash) for row in rows if row.image_hash]
+    return {case: first[image] for case, image in known if first.setdefault(image, case) != case}
+
+
+def _few_subjects(task: Task, twins: Mapping[str, str]) -> list[Problem]:
+    try:
+        subjects = len(set(subjects_of(task, twins).values()))
+    except InputError as error:
+        return [_error(error)]
+    if subjects >= FEW_SUBJECTS:
+        return []
+    fault = f"{subjects} subjects are few: scores on them say little about others, and get no interval"
+    return [Problem("warning", fault, f"Add cases of more, {FEW_SUBJECTS} at the very least")]
 
 
 def _strangers(rows: list[CaseCheck]) -> list[CaseCheck]:

@@ -13,6 +13,8 @@ from medseg.core.errors import InputError
 from medseg.dataset.task import Task
 from medseg.io.files import read_json, write_json
 
+# Of fewer subjects a mean says little, and its interval less than it seems to (`statistics.bootstrap`).
+FEW_SUBJECTS = 5
 _SHAPE = 'Write {"format": 1, "folds": [{"train": [case ids], "validation": [case ids]}, ...]}'
 
 
@@ -35,13 +37,8 @@ def make_folds(
     """
     if count < 2:
         raise InputError(f"{count} folds were asked for", "Cross-validation needs two or more")
-    subject_of = {case.id: case.subject for case in task.cases}
-    for case, twin in (duplicates or {}).items():
-        old, new = subject_of[case], subject_of[twin]
-        subject_of = {c: new if s == old else s for c, s in subject_of.items()}
+    subject_of = subjects_of(task, duplicates)
     subjects = sorted(set(subject_of.values()))
-    if len(subjects) < 2:
-        raise InputError(f"task {task.name} has one subject only", "Cross-validation needs two or more")
     count = min(count, len(subjects))
     shuffled = [subjects[i] for i in np.random.default_rng(seed).permutation(len(subjects))]
     fold_of = {subject: place % count for place, subject in enumerate(shuffled)}
@@ -52,6 +49,20 @@ def make_folds(
         )
         for number in range(count)
     )
+
+
+def subjects_of(task: Task, duplicates: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The subject of every training case, ``duplicates`` as in `make_folds`. Raises InputError where
+    all are of one."""
+    subject_of = {case.id: case.subject for case in task.cases}
+    for case, twin in (duplicates or {}).items():
+        old, new = subject_of[case], subject_of[twin]
+        subject_of = {c: new if s == old else s for c, s in subject_of.items()}
+    if len(set(subject_of.values())) < 2:
+        raise InputError(
+            f"task {task.name} has one subject only", "Add cases of others: cross-validation needs two or more"
+        )
+    return subject_of
 
 
 def write_folds(path: Path, task: Task, folds: tuple[Fold, ...]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from medseg.core.errors import InputError
 from medseg.core.grid import SAME_GRID_MM
 from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap, Volume
+from medseg.core.words import count
 from medseg.io.files import read_json
-from medseg.io.nifti import read_labels, read_volume, stem
+from medseg.io.nifti import is_nifti, read_labels, read_volume, stem
 
 # Label maps are written as 16-bit integers at most.
 _LARGEST_LABEL = 65_535
@@ -83,11 +85,16 @@ def load_task(folder: Path) -> Task:
         raise InputError(f"dataset.json has the label number {too_large[0]}", f"Number up to {_LARGEST_LABEL}")
     subjects = _subjects(folder)
     if "training" in described:
-        training = _entries(described, "training")
-        paired = [(_inside(folder, e.get("image")), _inside(folder, e.get("label"))) for e in training]
+        numbered = enumerate(_entries(described, "training"), start=1)
+        where = "entry {} of 'training'"
+        paired = [
+            (_file(folder, e, "image", where.format(n)), _file(folder, e, "label", where.format(n)))
+            for n, e in numbered
+        ]
     else:
         paired = _pairs(folder)
-    test = [_inside(folder, e.get("image")) for e in _entries(described, "test", needed=False)]
+    numbered = enumerate(_entries(described, "test", needed=False), start=1)
+    test = [_file(folder, e, "image", f"entry {n} of 'test'") for n, e in numbered]
     title = str(described.get("name", folder.name))
     task = Task(
         name=folder.resolve().name,
@@ -114,16 +121,17 @@ def load_task(folder: Path) -> Task:
 
 def load_image(task: Task, case: Case) -> Volume:
     """The case's channels on its own grid; InputError (naming the case) where they are not sound."""
+    _require_there(task, case, case.image)
     try:
         volume = read_volume(case.image)
         if volume.channels != len(task.channels):
             raise InputError(
-                f"{case.image.name} has {volume.channels} channels where dataset.json lists "
+                f"{case.image.name} has {count(volume.channels, 'channel')} where dataset.json lists "
                 f"{len(task.channels)} ({', '.join(task.channels)})",
                 "Put all channels into the image's fourth dimension, in that order",
             )
     except InputError as error:
-        raise error.of_case(case.id) from None
+        raise in_place(error, task.folder, case.image).of_case(case.id) from None
     return volume
 
 
@@ -131,10 +139,11 @@ def load_labels(task: Task, case: Case) -> LabelMap:
     """The case's reference labels; InputError (naming the case) where they are not sound."""
     if case.label is None:
         raise InputError("it has no label", "Only training cases do", case=case.id)
+    _require_there(task, case, case.label)
     try:
         return read_labels(case.label, task.labels)
     except InputError as error:
-        raise error.of_case(case.id) from None
+        raise in_place(error, task.folder, case.label).of_case(case.id) from None
 
 
 def load_case(task: Task, case: Case) -> tuple[Volume, LabelMap]:
@@ -142,6 +151,25 @@ def load_case(task: Task, case: Case) -> tuple[Volume, LabelMap]:
     volume, labels = load_image(task, case), load_labels(task, case)
     require_same_grid(volume, labels, case.id)
     return volume, labels
+
+
+def in_place(error: InputError, folder: Path, path: Path) -> InputError:
+    """The error of a file's reader, which tells the file's name alone, with its path from the task's
+    ``folder``: an image and its label have one name."""
+    return InputError(error.fault.replace(path.name, _from(folder, path), 1), error.remedy, case=error.case)
+
+
+def _from(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def _require_there(task: Task, case: Case, path: Path) -> None:
+    if not path.exists():
+        raise InputError(
+            f"{_from(task.folder, path)} is missing",
+            "Put the file in its place or take the case off the list in dataset.json",
+            case=case.id,
+        )
 
 
 def require_same_grid(volume: Volume | LabelMap, labels: LabelMap, case: str) -> None:
@@ -165,14 +193,24 @@ def _numbered(described: dict[str, Any], key: str) -> dict[int, str]:
     try:
         found = {int(number): name for number, name in described[key].items()}
     except KeyError:
-        raise InputError(f"dataset.json has no {key!r}", f'Add it, like "{key}": {{"0": "..."}}') from None
+        renamed = _misspelt(key, described)
+        raise InputError(f"dataset.json has no {key!r}", renamed or f'Add it, like "{key}": {{"0": "..."}}') from None
     except (ValueError, AttributeError):
         raise InputError(f"{key!r} in dataset.json is not numbered", f'Write it like "{key}": {{"0": "..."}}') from None
     if len(found) < len(described[key]):
         raise InputError(f"{key!r} in dataset.json has a number twice", "Give each its own")
-    if strange := [number for number, name in found.items() if not isinstance(name, str)]:
-        raise InputError(f"{key!r} in dataset.json has no name for {strange[0]}", "Name it with a string")
+    background = 0 if key == "labels" else None
+    for number, name in found.items():
+        if not isinstance(name, str) or not (name.strip() or number == background):
+            what = "label" if key == "labels" else "channel"
+            raise InputError(f"{what} {number} has no name in dataset.json", f'Write it like "{number}": "a name"')
     return found
+
+
+def _misspelt(key: str, keys: Iterable[str]) -> str:
+    """How to mend a key that is missing where one is there that is nearly it; else nothing."""
+    near = difflib.get_close_matches(key, [k for k in keys if k.isprintable()], n=1, cutoff=0.75)
+    return f"Rename {near[0]!r} to {key!r}" if near else ""
 
 
 def _told(described: dict[str, Any], *keys: str) -> str:
@@ -192,30 +230,123 @@ def _entries(described: dict[str, Any], key: str, *, needed: bool = True) -> lis
     return [{"image": e} if isinstance(e, str) else e if isinstance(e, dict) else {} for e in entries]
 
 
+class UnpairedError(InputError):
+    """Images and labels that do not go together by their names."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The files of ``imagesTr`` and ``labelsTr`` by the case that their names say, None for one that is
+    not there; and what is wrong with them: of one case where a fault names it, else of the folder."""
+
+    files: dict[str, tuple[Path | None, Path | None]]
+    faults: tuple[InputError, ...]
+
+
+def pair_files(folder: Path) -> Pairing:
+    """Images and labels of the same name, for a task that lists no cases. No file is opened."""
+    faults: list[InputError] = []
+    images, labels = _files(folder / "imagesTr", faults), _files(folder / "labelsTr", faults)
+    if not images or not labels:
+        return Pairing({n: (images.get(n), labels.get(n)) for n in sorted({*images, *labels})}, tuple(faults))
+    if raw := _raw_names(images, labels):
+        faults.append(_not_raw(raw))
+        taken = {name for names in raw.values() for name in names}
+        images = {n: p for n, p in images.items() if p.name not in taken}
+        images |= {case: folder / "imagesTr" / names[0] for case, names in raw.items()}
+    files: dict[str, tuple[Path | None, Path | None]] = {
+        n: (images[n], labels[n]) for n in images.keys() & labels.keys()
+    }
+    lonely = sorted(labels.keys() - images.keys())
+    for name in sorted(images.keys() - labels.keys()):
+        likely = [other for other in lonely if _belong(name, other)]
+        if len(likely) == 1:
+            lonely.remove(likely[0])
+        other = labels[likely[0]] if len(likely) == 1 else None
+        files[name] = (images[name], other)
+        faults.append(_without_label(name, images[name], other))
+    for name in lonely:
+        files[name] = (None, labels[name])
+        place = labels[name].name
+        faults.append(
+            InputError(
+                f"labelsTr/{place} has no image", f"Put it at imagesTr/{place}, or take the label away", case=name
+            )
+        )
+    return Pairing(dict(sorted(files.items())), tuple(faults))
+
+
 def _pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """Images and labels of the same name; InputError for one without the other."""
-    images, labels = _files(folder / "imagesTr"), _files(folder / "labelsTr")
-    if not images:
-        raise InputError(f"dataset.json of {folder.name} has no list 'training', and imagesTr no NIfTI file", _LAYOUT)
-    if lonely := sorted(images.keys() ^ labels.keys()):
-        has, lacks = ("imagesTr", "labelsTr") if lonely[0] in images else ("labelsTr", "imagesTr")
-        raise InputError(f"{lonely[0]} is in {has} and not in {lacks}", "Give both the same name, or list the cases")
-    return [(images[case], labels[case]) for case in sorted(images)]
+    """Images and labels of the same name; UnpairedError for one without the other."""
+    found = pair_files(folder)
+    if found.faults:
+        first, more = found.faults[0], len(found.faults) - 1
+        others = f" (`medseg check` tells {count(more, 'fault')} more)" if more else ""
+        raise UnpairedError(first.fault + others, first.remedy, case=first.case)
+    return [(image, label) for image, label in found.files.values() if image and label]
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by the case's id; companions of a Mac's archive are none."""
-    paths = [p for p in sorted(folder.glob("*")) if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."]
+def _files(folder: Path, faults: list[InputError]) -> dict[str, Path]:
+    """The NIfTI files of a folder by the case's id; companions of a Mac's archive are none. What is
+    wrong with the folder goes to ``faults``."""
+    paths = [path for path in sorted(folder.glob("*")) if is_nifti(path)]
     found = {stem(path): path for path in paths}
+    if not found:
+        what = f"{folder} holds no NIfTI file" if folder.is_dir() else f"there is no folder {folder}"
+        remedy = "Put the files there, or list the cases under 'training' in dataset.json; see data/README.md"
+        faults.append(InputError(what, remedy))
     if len(found) < len(paths):
         twice = next(path.name for path in paths if found[stem(path)] != path)
-        raise InputError(f"{folder.name} holds {twice} packed and unpacked", "Take one of them away")
+        faults.append(InputError(f"{folder} holds {twice} packed and unpacked", "Take one of them away"))
     return found
 
 
-def _inside(folder: Path, name: Any) -> Path:
+def _raw_names(images: Mapping[str, Path], labels: Mapping[str, Path]) -> dict[str, list[str]]:
+    """By case the files that nnU-Net's raw format would have of it, one a channel: case_0000, case_0001."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, path in images.items():
+        numbered = re.fullmatch(r"(.+)_\d{4}", name)
+        if numbered and numbered[1] in labels and name not in labels:
+            found[numbered[1]].append(path.name)
+    return found
+
+
+def _not_raw(raw: Mapping[str, list[str]]) -> InputError:
+    case, names = next(iter(raw.items()))
+    fault = f"imagesTr has nnU-Net's names for {count(len(raw), 'case')}, like {names[0]} for {case}"
+    if max(map(len, raw.values())) == 1:
+        return InputError(fault, f"Take {stem(Path(names[0])).removeprefix(case)} off the names of the images")
+    return InputError(
+        fault, "Put the channels of each case into one 4-D file, in the order of 'modality', named like its label"
+    )
+
+
+def _belong(one: str, other: str) -> bool:
+    """Whether one name is the other with something before or after it: hip_3 and hip_3_seg, not hip_31."""
+    short, long = sorted((one, other), key=len)
+    after, before = long.removeprefix(short), long.removesuffix(short)
+    return (after != long and not after[0].isalnum()) or (before != long and not before[-1].isalnum())
+
+
+def _without_label(case: str, image: Path, likely: Path | None) -> InputError:
+    if likely is None:
+        remedy = f"Put it at labelsTr/{image.name}, or move the image to imagesTs"
+        return InputError(f"imagesTr/{image.name} has no label", remedy, case=case)
+    return InputError(
+        f"imagesTr/{image.name} has no label of its name, and labelsTr/{likely.name} may be it",
+        f"Give both the same name, like labelsTr/{case}{likely.name.removeprefix(stem(likely))}",
+        case=case,
+    )
+
+
+def _file(folder: Path, entry: Mapping[str, Any], key: str, where: str) -> Path:
+    """The file that an entry of a list of cases names; ``where`` says which entry it is."""
+    name = entry.get(key)
     if not isinstance(name, str) or not name:
-        raise InputError("a case in dataset.json lacks an image or a label", 'Write {"image": ..., "label": ...}')
+        of = entry.get("image")
+        known = f" ({of})" if isinstance(of, str) and 0 < len(of) < 100 and of.isprintable() else ""
+        remedy = ("" if key in entry else _misspelt(key, entry)) or 'Write {"image": ..., "label": ...}'
+        raise InputError(f"{where} in dataset.json{known} has no {key!r}", remedy)
     if not name.isprintable():  # half a surrogate pair or a zero byte names no file; a line break breaks tables
         raise InputError(f"dataset.json names the file {name!a}", "Rename it without control characters")
     path = folder / name

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
 
+from medseg.dataset.split import FEW_SUBJECTS
 from medseg.models.evaluation import Figure
 
 Float64 = NDArray[np.float64]
@@ -31,16 +32,19 @@ def bootstrap(
     subjects with replacement: the cases of one subject are alike, and tell less than as many subjects.
 
     ``subjects`` (cases,) says whose each case is. None where nothing counts, and no interval where
-    the subjects are fewer than two. Percentiles of few subjects lie too close together; they are taken
-    further out, as Student's t is wider than the normal (Hesterberg, "What teachers should know about
-    the bootstrap", Am. Stat. 2015, "expanded percentile interval"). Deterministic.
+    the subjects are fewer than five: means of draws from n values reach from the least to the greatest
+    at most, which lie on both sides of the truth in 1 - 2^(1 - n) of all samples from a symmetric
+    distribution (87.5 % for four, half for two), however far out the percentiles are.
+    Percentiles of few subjects lie too close together; they are taken further out, as Student's t is
+    wider than the normal (Hesterberg, "What teachers should know about the bootstrap", Am. Stat. 2015,
+    "expanded percentile interval"). Deterministic.
     """
     mean = mean_over_labels(values)
     if np.isnan(mean):
         return None
     counted = ~np.isnan(values).all(axis=1)
     names, owner = np.unique(np.asarray(subjects)[counted], return_inverse=True)
-    if len(names) < 2:
+    if len(names) < FEW_SUBJECTS:
         return Figure(mean=mean)
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
     weights = draws[:, owner].astype(np.float64)

@@ -255,7 +255,7 @@ def _is_nrrd(path: Path) -> bool:
 
 def _header(path: Path) -> _Header:
     if not path.exists():
-        raise InputError(f"{path.name} is missing", "Put the file in its place or take the case off the list")
+        raise InputError(f"{path} is missing", "Name a file that is there")
     if not path.is_file():
         raise InputError(f"{path.name} is no file", "Name a file")
     with path.open("rb") as file:

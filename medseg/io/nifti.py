@@ -21,6 +21,7 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.grid import SAME_GRID_MM, Grid
 from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap, Volume
+from medseg.core.words import count
 from medseg.io.files import atomic
 
 # For DICOM headers within NIfTI ones it would take pydicom along, which takes longer than all the rest.
@@ -90,9 +91,12 @@ def require_finite(values: NDArray[Any], name: str) -> None:
         strange += part.size - int(np.count_nonzero(finite))
         if values.dtype.itemsize > 4:
             beyond += int(np.count_nonzero(finite & (np.abs(part) > _LARGEST_FLOAT)))
-    for count, what in ((strange, "are NaN or infinite"), (beyond, "are too large for float32")):
-        if count:
-            raise InputError(f"{name} has {count} voxels that {what}", "Find out what they stand for and replace them")
+    for voxels, what in ((strange, "NaN or infinite"), (beyond, "too large for float32")):
+        if voxels:
+            raise InputError(
+                f"{name} has {count(voxels, 'voxel')} that {'is' if voxels == 1 else 'are'} {what}",
+                "Find out what they stand for and replace them",
+            )
 
 
 def _slices(voxels: int) -> int:
@@ -138,7 +142,7 @@ def read_raw_labels(path: Path) -> tuple[NDArray[Any], Grid]:
     """The integers (X, Y, Z) of a label file and its grid, whatever the values mean."""
     values, grid = _read(path)
     if len(values) != 1:
-        raise InputError(f"{path.name} has {len(values)} channels", "A label map has one value per voxel")
+        raise InputError(f"{path.name} has {count(len(values), 'channel')}", "A label map has one value per voxel")
     return whole_numbers(values[0], path.name), grid
 
 
@@ -332,7 +336,7 @@ def _bytes(path: Path) -> NDArray[np.uint8]:
                 stream.read(1)  # at the end of the stream: its checksum is looked at here
                 return data
     except FileNotFoundError:
-        raise InputError(f"{path.name} is missing", "Put the file in its place or take the case off the list") from None
+        raise InputError(f"{path} is missing", "Name a file that is there") from None
     except EOFError:
         raise InputError(f"{path.name} is truncated: its gzip stream breaks off", _GIVE_ANOTHER) from None
     except _NOT_SOUND_GZIP as error:

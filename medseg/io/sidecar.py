@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from medseg.core.errors import InputError
+from medseg.core.labels import LabelSet
+from medseg.core.volume import LabelMap
+from medseg.core.words import count
 from medseg.io.files import read_json, write_json
-from medseg.io.nifti import SUFFIXES
+from medseg.io.nifti import SUFFIXES, read_labels
 
 SUFFIX = "_seg"
 INDEX = "predictions.json"
@@ -56,8 +59,20 @@ def read_index(folder: Path) -> dict[str, Path]:
         raise InputError(f"{folder / INDEX} has another format", "Predict anew")
     if failed := index.get("failed"):
         case, why = next(iter(failed.items()))
-        raise InputError(f"{len(failed)} cases of {folder} were not predicted ({case}: {why})", "Mend them and predict")
+        were = f"{count(len(failed), 'case')} of {folder} {'was' if len(failed) == 1 else 'were'}"
+        raise InputError(f"{were} not predicted ({case}: {why})", "Mend what is wrong and predict again")
     return {case: folder / Path(name).name for case, name in index["cases"].items()}
+
+
+def read_prediction(path: Path, labels: LabelSet, case: str) -> LabelMap:
+    """The label map (X, Y, Z) that an index lists for a case. Raises InputError, of the case, where it is
+    missing or not sound, and for a value that ``labels`` does not list."""
+    if not path.exists():
+        raise InputError(f"its prediction {path} is missing", "Predict it again with `medseg predict`", case=case)
+    try:
+        return read_labels(path, labels)
+    except InputError as error:
+        raise error.of_case(case) from None
 
 
 def _names(cases: Any) -> bool:

@@ -141,15 +141,15 @@ class CaseStore:
 
     def require(self, plan: str, configuration: str, models: Sequence[str] = ()) -> None:
         """InputError unless the store is whole and was made by this plan, configuration and ``models``."""
-        index = read_json(self.folder / INDEX, _REMEDY)
+        # A store stands in RUN/CONFIGURATION, as `medseg preprocess` puts it.
+        command = f"`medseg preprocess {self.folder.parent.parent} -c {configuration}`"
+        index = read_json(self.folder / INDEX, f"Make it with {command}")
         if not isinstance(index, dict) or index.get("format") != 2:
-            raise InputError(f"{self.folder / INDEX} has another format", _REMEDY)
+            raise InputError(f"{self.folder / INDEX} has another format", f"Make it anew with {command}")
         if index.get("plan") != plan or index.get("configuration") != configuration:
-            raise InputError(f"{self.folder} was preprocessed by another plan", "Run `medseg preprocess` again")
+            raise InputError(f"{self.folder} was preprocessed by another plan", f"Run {command} again")
         if index.get("models", []) != list(models):
-            raise InputError(
-                f"{self.folder} holds what other models of the stage before found", "Run `medseg preprocess` again"
-            )
+            raise InputError(f"{self.folder} holds what other models of the stage before found", f"Run {command} again")
 
     def read(self, case: str) -> StoredCase:
         """A case, its arrays still on disk. Raises InputError where a file is missing or broken."""

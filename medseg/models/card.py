@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medseg.dataset.split import FEW_SUBJECTS
 from medseg.models.calibration import Calibration
 from medseg.models.evaluation import Evaluation, Figure, StructureScore, Tried
 from medseg.models.experience import Experience
@@ -106,8 +107,8 @@ def _scores(known: Evaluation) -> Iterator[str]:
     yield (
         f"Out of fold: each of {known.cases} cases, of {known.subjects} subjects, was predicted by a network that was "
         f"trained on other {whose}cases ({len(known.folds)} of {known.of_folds} folds). Mean over the cases, and "
-        f"95 % bootstrap interval over subjects ({known.resamples} draws). A structure missed or invented has Dice 0 "
-        "and the scan's diagonal as HD95."
+        f"95 % bootstrap interval over subjects ({known.resamples} draws; none where fewer than {FEW_SUBJECTS} count). "
+        "A structure missed or invented has Dice 0 and the scan's diagonal as HD95."
     )
     yield ""
     head = ("structure", "Dice", "without post-processing", "HD95 (mm)", "cases", "missed", "invented")
@@ -220,8 +221,11 @@ def _limits(package: ModelPackage) -> Iterator[str]:
     yield ""
     yield "- Not tried on scans of other scanners, protocols, ages or diseases than those of its data."
     yield "- The reference is what the data's owners outlined; Dice says nothing about where a border should have been."
-    if package.evaluation and package.evaluation.subjects < 20:
-        yield f"- {package.evaluation.subjects} subjects are few: what they do not show is not in the intervals."
+    known = package.evaluation
+    if known and known.subjects < FEW_SUBJECTS:
+        yield f"- {known.subjects} subjects are too few to say how good it is on others: there is no interval."
+    elif known and known.subjects < 20:
+        yield f"- {known.subjects} subjects are few: what they do not show is not in the intervals."
     yield "- A person looks at each result before it is used for anything."
 
 

@@ -13,7 +13,8 @@ Number = Annotated[int, Field(ge=0)]
 
 
 class Figure(Strict):
-    """A mean, and the ends of its bootstrap interval over subjects; None where there are fewer than two."""
+    """A mean, and the ends of its bootstrap interval over subjects; None where
+    these are too few."""
 
     mean: Finite
     low: Finite | None = None

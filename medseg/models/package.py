@@ -34,6 +34,7 @@ REFINEMENT, EVALUATION = "refinement.json", "evaluation.json"
 _TOLD = (EXPERIENCE, CALIBRATION, REFINEMENT, EVALUATION)
 M = TypeVar("M", bound=BaseModel)
 PREVIOUS = "previous"
+_NAME_ONE = "Name the folder of a model, which `medseg train` and `medseg choose` write"
 _ANOTHER = "Get the package again, or train it anew"
 
 
@@ -293,13 +294,24 @@ def load_package(folder: Path) -> ModelPackage:
 
 def _index(folder: Path) -> Index:
     if not folder.is_dir() or not (folder / INDEX).exists():
-        raise InputError(
-            f"{folder} is no model package: it has no {INDEX}", "Name the folder that `medseg train` wrote"
-        )
+        raise _no_package(folder)
     try:
         return Index.model_validate(read_json(folder / INDEX, _ANOTHER))
     except ValidationError:
         raise InputError(f"{folder / INDEX} has another format", "Use the medseg version that wrote it") from None
+
+
+def _no_package(folder: Path) -> InputError:
+    """Why a folder is no package, and where one is or how it would come to be there."""
+    if not folder.is_dir():
+        # So it is called in the folders of runs and of folds (docs/training.md).
+        made = folder.name == "model" and folder.parent.is_dir()
+        of_run = (folder.parent / "run.json").exists()
+        verb = f"`medseg choose {folder.parent}`" if of_run else "`medseg train`"
+        return InputError(f"there is no folder {folder}", f"{verb} makes it" if made else _NAME_ONE)
+    inner = next((p.parent for p in (folder / "model" / INDEX, *sorted(folder.glob(f"*/{INDEX}"))) if p.exists()), None)
+    remedy = f"Name {inner}, which is one" if inner else _NAME_ONE
+    return InputError(f"{folder} is no model package: it has no {INDEX}", remedy)
 
 
 def _read(path: Path, kind: type[M]) -> M:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
+from medseg.core.look import seen
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap, Volume
 
@@ -165,11 +166,10 @@ def planes(image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: Lab
         at = _fullest(truth if truth.any() else guess, normal)
         centre = (np.asarray(window.shape) - 1) / 2
         centre[normal] = at
-        # The last world axis left runs up the picture, the first one from right to left.
         across, up = (a for a in range(3) if a != normal)
-        cut, seen, guessed = (np.take(v, at, axis=normal)[::-1, ::-1].T for v in (grey, truth, guess))
+        cut, true, guessed = (seen(v, normal, at) for v in (grey, truth, guess))
         size = (window.spacing[up], window.spacing[across])
-        shown.append(Plane(name, cut, seen, guessed, size, letters, float(window.to_world(centre)[normal])))
+        shown.append(Plane(name, cut, true, guessed, size, letters, float(window.to_world(centre)[normal])))
     return shown[0], shown[1], shown[2]
 
 

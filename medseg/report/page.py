@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
+from medseg.core.look import COLOURS
 from medseg.core.volume import LabelMap
 from medseg.evaluate.score import CaseMetrics, LabelSummary, summarise
 from medseg.report import figures
@@ -34,7 +35,7 @@ _SIDES = (512, 256, 128, 64)
 # cases keeps the worst rows.
 _LABELLED_POINTS = 6000
 _TABLE_ROWS = 10_000
-_COLOURS = 8
+_COLOURS = len(COLOURS)
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ def report(run: RunPage) -> str:
         "organ_columns": ORGAN_COLUMNS,
         "mean_sd": _mean_sd,
         "colours": colours,
+        "structure_colours": COLOURS,
         "headline": _headline(run, groups),
         "cards": [_card(name, rows) for name, rows in groups.items()],
         "organs": [_organ_table(name, rows) for name, rows in groups.items()],

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.core.look import colour, seen
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap, Volume
 
 Rgb = NDArray[np.uint8]
-# Okabe and Ito's colours, which most people can tell apart.
-_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178))
 _FILL = 0.45
 _HEIGHT = 256
 _GAP = 4
@@ -20,8 +19,8 @@ _GAP = 4
 
 def picture(volume: Volume, found: LabelMap, reference: LabelMap) -> Rgb:
     """The slice (height, width, 3) across the coarsest axis that holds most of the reference: what was
-    found filled, the reference outlined, each structure in its colour."""
-    # As one looks at it, whatever way the file's axes run.
+    found filled, the reference outlined, each structure in its colour. Colours and directions are those
+    of the report, whatever way the file's axes run: the patient's right is on the left."""
     upright = volume.grid.reoriented()
     volume, found, reference = (
         resample(volume, onto=upright),
@@ -31,17 +30,17 @@ def picture(volume: Volume, found: LabelMap, reference: LabelMap) -> Rgb:
     axis = int(np.argmax(upright.spacing))
     others = tuple(a for a in range(3) if a != axis)
     place = int(np.argmax((reference.values > 0).sum(axis=others)))
-    image = _slice(volume.values[0], axis, place).astype(np.float32)
-    made, truth = _slice(found.values, axis, place), _slice(reference.values, axis, place)
+    image = seen(volume.values[0], axis, place).astype(np.float32)
+    made, truth = seen(found.values, axis, place), seen(reference.values, axis, place)
     low, high = np.percentile(image, (1, 99))
     grey = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1) * 255
     out = np.repeat(grey[..., None], 3, axis=-1)
-    colours = {n: np.array(_COLOURS[(n - 1) % len(_COLOURS)]) for n in reference.labels.numbers}
-    for number, colour in colours.items():
+    colours = {number: np.array(colour(n)) for n, number in enumerate(reference.labels.numbers)}
+    for number, own in colours.items():
         filled = made == number
-        out[filled] = (1 - _FILL) * out[filled] + _FILL * colour
-    for number, colour in colours.items():
-        out[_outline(truth == number)] = colour
+        out[filled] = (1 - _FILL) * out[filled] + _FILL * own
+    for number, own in colours.items():
+        out[_outline(truth == number)] = own
     spacing = [volume.grid.spacing[a] for a in others][::-1]
     return _enlarged(out.astype(np.uint8), spacing)
 
@@ -51,12 +50,6 @@ def side_by_side(pictures: Sequence[Rgb]) -> Rgb:
     height = max(len(one) for one in pictures)
     row = [np.pad(one, ((0, height - len(one)), (0, _GAP), (0, 0))) for one in pictures]
     return np.concatenate(row, axis=1)
-
-
-def _slice(values: NDArray[np.generic], axis: int, place: int) -> NDArray[np.generic]:
-    """A slice (rows, columns) whose rows run along the later of its two axes, its end at the top: in
-    RAS order that is how one looks at it."""
-    return values[(slice(None),) * axis + (place,)].T[::-1]
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -122,7 +122,7 @@ def test_what_is_refused(two: Path, medseg: Any, tmp_path: Path) -> None:
     medseg("predict", t2, *model, "--register").refused("--register goes with --channel")
     medseg("predict", *model).refused("no scan is named")
     gone = medseg(*channels(two, tmp_path / "gone.nii.gz"), *model, "-o", tmp_path / "x.nii.gz", *QUICK)
-    gone.refused("channel ADC: gone.nii.gz is missing")
+    gone.refused("channel ADC: ", "gone.nii.gz is missing")
     many = medseg(*channels(two, two / "whole.nii.gz"), *model, "-o", tmp_path / "x.nii.gz", *QUICK)
     many.refused("channel ADC has 2 channels")
     far = nib.load(adc)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from medseg.models.card import card
+from medseg.models.evaluation import Figure
 from medseg.models.package import load_package, save_package
 from medseg.models.refinement import Refinement, Rule
 
@@ -227,4 +228,23 @@ def test_the_report_tells_of_the_model(medseg: Any, chosen: tuple[Path, Any], tm
     assert medseg("report", run, "-o", tmp_path / "report.html").status == 0
     page = (tmp_path / "report.html").read_text()
     assert "the average of 3 folds" in page
-    assert "medseg choose RUN" in page
+    assert "medseg choose RUN -c 3d -c 2d\n" in page
+    # By plan and folds as they are, whatever options these were made with.
+    commands = page[page.index("medseg plan TASK -o RUN --no-measure") :].split("\n")
+    assert commands[2] == "cp THIS/plan.json THIS/folds.json RUN/"
+    assert "medseg evaluate RUN/3d/fold0/predictions TASK -o RUN/3d/fold0 --tolerance 2" in commands
+
+
+def test_the_report_says_which_dice_is_with_post_processing(medseg: Any, mine: Path, tmp_path: Path) -> None:
+    package = load_package(mine / "model")
+    assert package.evaluation is not None
+    rule = Rule(name="left blob", number=1, largest=True)
+    better = package.evaluation.model_copy(update={"dice": Figure(mean=0.987)})
+    refined = replace(package, evaluation=better, refinement=Refinement(rules=(rule,)))
+    save_package(tmp_path / "refined", refined)
+    shutil.rmtree(mine / "model")
+    shutil.copytree(tmp_path / "refined", mine / "model")
+    assert medseg("report", mine, "-o", tmp_path / "report.html").status == 0
+    page = (tmp_path / "report.html").read_text()
+    first = package.evaluation.compared[0]
+    assert f"the best mean Dice out of fold: {first.dice}, on 6 cases; 0.987 with the post-processing below" in page

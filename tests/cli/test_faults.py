@@ -38,8 +38,8 @@ def put(value: float, dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 IMAGE, LABEL = "imagesTr/blob_002.nii.gz", "labelsTr/blob_002.nii.gz"
 BAD = {
-    "image missing": (lambda t: (t / IMAGE).unlink(), ["is missing"]),
-    "label missing": (lambda t: (t / LABEL).unlink(), ["is missing"]),
+    "image missing": (lambda t: (t / IMAGE).unlink(), [f"{IMAGE} is missing"]),
+    "label missing": (lambda t: (t / LABEL).unlink(), [f"{LABEL} is missing"]),
     "image empty": (lambda t: (t / IMAGE).write_bytes(b""), ["is empty"]),
     "image truncated": (lambda t: (t / IMAGE).write_bytes((t / IMAGE).read_bytes()[:3000]), ["truncated"]),
     "image no NIfTI": (lambda t: (t / IMAGE).write_bytes(b"P5 7 7 255" * 99), ["not a NIfTI file"]),
@@ -47,8 +47,8 @@ BAD = {
     "other place": (lambda t: rewrite(t / LABEL, lambda v: v, 3.0), ["mm apart"]),
     "unlisted value": (lambda t: rewrite(t / LABEL, put(9, np.uint8)), ["the value 9", "1 left blob"]),
     "half a label": (lambda t: rewrite(t / LABEL, put(1.5, np.float32)), ["not whole numbers"]),
-    "NaN": (lambda t: rewrite(t / IMAGE, put(np.nan, np.float32)), ["1 voxels that are NaN or infinite"]),
-    "inf": (lambda t: rewrite(t / IMAGE, put(np.inf, np.float32)), ["1 voxels that are NaN or infinite"]),
+    "NaN": (lambda t: rewrite(t / IMAGE, put(np.nan, np.float32)), [IMAGE, "1 voxel that is NaN or infinite"]),
+    "inf": (lambda t: rewrite(t / IMAGE, put(np.inf, np.float32)), [IMAGE, "1 voxel that is NaN or infinite"]),
     "a channel too many": (lambda t: rewrite(t / IMAGE, lambda v: np.stack([v, v], -1)), ["has 2 channels"]),
 }
 
@@ -63,7 +63,7 @@ def test_a_bad_case_is_named_by_every_verb_that_meets_it(made: Any, medseg: Any,
     assert checked.err == ""
     (line,) = [line for line in checked.out.splitlines() if line.startswith("error: case blob_002: ")]
     assert all(word in line for word in words)
-    assert "5 ok" in checked.out
+    assert "5 ok, 0 with warnings, 1 with errors. Not fit for use." in checked.out
     medseg("plan", mine.task, "-o", tmp_path / "new").refused("case blob_002: ", *words)
     assert not [p for p in (tmp_path / "new").iterdir() if not p.name.startswith(".")]
     medseg("preprocess", mine.run, "--threads", 1).refused("case blob_002: ", *words)
@@ -130,7 +130,8 @@ def test_training_wants_the_cases_of_its_own_plan(made: Any, medseg: Any, tmp_pa
     (mine.run / "plan.json").write_text(json.dumps(plan))
     medseg("train", mine.run, *QUICK).refused("preprocessed by another plan", "medseg preprocess")
     (mine.run / "3d" / "preprocessed" / "store.json").unlink()
-    medseg("train", mine.run, "--fold", 1, *QUICK).refused("store.json is missing", "medseg preprocess")
+    command = f"`medseg preprocess {mine.run} -c 3d`"
+    medseg("train", mine.run, "--fold", 1, *QUICK).refused("store.json is missing", command)
     assert not (mine.run / "3d" / "fold1").exists()
 
 
@@ -149,13 +150,15 @@ def test_evaluation_of_what_is_no_prediction(made: Any, medseg: Any, tmp_path: P
     index = json.loads((folder / "predictions.json").read_text())
     case, name = next(iter(index["cases"].items()))
     (folder / name).unlink()
-    medseg("evaluate", folder, made.task).refused(f"case {case}: {name} is missing")
+    medseg("evaluate", folder, made.task).refused(
+        f"case {case}: its prediction {folder / name} is missing. Predict it again"
+    )
     (folder / "predictions.json").write_text(json.dumps({**index, "cases": {"nobody": name}}))
     medseg("evaluate", folder, made.task).refused("nobody")
     (folder / "predictions.json").write_text(json.dumps({**index, "cases": {}}))
     medseg("evaluate", folder, made.task).refused("holds no prediction")
     (folder / "predictions.json").write_text(json.dumps({**index, "failed": {"blob_001": "it is empty"}}))
-    medseg("evaluate", folder, made.task).refused("were not predicted (blob_001: it is empty)")
+    medseg("evaluate", folder, made.task).refused("1 case of", "was not predicted (blob_001: it is empty)")
     assert not list(tmp_path.rglob("metrics*"))
 
 

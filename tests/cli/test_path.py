@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from medseg.cli.predict import _show_flagged
 from medseg.core.labels import LabelSet
 from medseg.io.nifti import read_labels, read_volume
 from medseg.models.package import load_package, save_package
@@ -325,3 +326,26 @@ def test_json_for_programs(made: Any, medseg: Any, tmp_path: Path, verb: str) ->
         outcome = medseg("evaluate", made.fold / "predictions", made.task, "-o", tmp_path, "--json")
         assert json.loads(outcome.out) == json.loads((tmp_path / "metrics.json").read_text())
     assert outcome.status == 0
+
+
+def test_which_of_many_cases_to_look_at_is_told(made: Any) -> None:
+    records = [json.loads(p.read_text()) for p in sorted((made.fold / "predictions").glob("*_seg.json"))]
+    flagged = [record for record in records if record["review"]]
+    lines = made.outcomes["predict"].out.splitlines()
+    assert lines[0].startswith("2 cases predicted into")
+    assert lines[1].startswith(f"{len(flagged) or 'none'} flagged for review")
+    assert [line.partition(":")[0] for line in lines[2:]] == [record["scan"] for record in flagged]
+
+
+def test_flagged_cases_come_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [{"reason": "it is cut", "review": True}, {"reason": "it is small", "review": False}]
+    _show_flagged([{"scan": "a.nii", "review": True, "flags": flags}, {"scan": "b.nii", "review": False, "flags": []}])
+    assert capsys.readouterr().out.splitlines() == ["1 flagged for review:", "a.nii: it is cut"]
+
+
+def test_fewer_folds_than_asked_for_are_told(made: Any, medseg: Any, tmp_path: Path) -> None:
+    command = ("plan", made.task, "-o", tmp_path / "run", "--folds", 20, "--machine", "cpu", "--no-measure")
+    said = medseg(*command)
+    assert said.err == "6 folds, not 20: there are no more subjects\n"
+    assert "6 cases in 6 folds" in said.out
+    assert " hours" not in said.out

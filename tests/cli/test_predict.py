@@ -221,7 +221,8 @@ def test_an_index_does_not_outlive_what_it_lists(
 
 
 def test_scans_that_are_none(made: Any, medseg: Any, tmp_path: Path) -> None:
-    medseg("predict", tmp_path / "no.nii.gz", "-m", made.model, *QUICK).refused("no.nii.gz is missing")
+    missing = medseg("predict", tmp_path / "no.nii.gz", "-m", made.model, *QUICK)
+    missing.refused(f"medseg: {tmp_path / 'no.nii.gz'} is missing. Name a file that is there.")
     (tmp_path / "empty").mkdir()
     medseg("predict", tmp_path / "empty", "-m", made.model).refused("holds no NIfTI file")
     medseg("predict", made.task, "-m", made.model).refused("is a task", "--held-out")
@@ -260,8 +261,13 @@ def test_unsound_scans(made: Any, medseg: Any, scans: Path, tmp_path: Path, chan
 
 def test_models_that_are_none(made: Any, medseg: Any, scans: Path, tmp_path: Path) -> None:
     scan = scans / "a.nii.gz"
-    medseg("predict", scan, "-m", tmp_path / "no", *QUICK).refused("is no model package", "medseg train")
-    medseg("predict", scan, "-m", made.run, *QUICK).refused("is no model package")
+    medseg("predict", scan, "-m", tmp_path / "no", *QUICK).refused(
+        f"there is no folder {tmp_path / 'no'}.", "medseg train"
+    )
+    medseg("predict", scan, "-m", tmp_path, *QUICK).refused("is no model package")
+    medseg("predict", scan, "-m", made.fold, *QUICK).refused(f"no package.json. Name {made.model}")
+    unmade = made.run / "model"
+    medseg("predict", scan, "-m", unmade, *QUICK).refused(f"no folder {unmade}. `medseg choose {made.run}` makes it")
     for name in ("member0.safetensors", "plan.json"):
         model = tmp_path / f"model with another {name}"
         shutil.copytree(made.model, model)

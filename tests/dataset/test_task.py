@@ -94,10 +94,20 @@ def test_where_no_cases_are_listed_they_are_the_files_of_the_folders(tmp_path: P
 @pytest.mark.parametrize(
     ("images", "labels", "told"),
     [
-        (["a.nii.gz", "b.nii.gz"], ["a.nii.gz"], "b is in imagesTr and not in labelsTr"),
-        (["a.nii.gz"], ["a.nii.gz", "c.nii.gz"], "c is in labelsTr and not in imagesTr"),
+        (["a.nii.gz", "b.nii.gz"], ["a.nii.gz"], "case b: imagesTr/b.nii.gz has no label. Put it at labelsTr/b.nii.gz"),
+        (["a.nii.gz"], ["a.nii.gz", "c.nii.gz"], "case c: labelsTr/c.nii.gz has no image. Put it at imagesTr/c.nii.gz"),
         (["a.nii.gz", "a.nii"], ["a.nii"], "packed and unpacked"),
-        ([], ["a.nii"], "imagesTr no NIfTI file"),
+        ([], ["a.nii"], "imagesTr holds no NIfTI file"),
+        (["a.nii", "b.nii"], [], "labelsTr holds no NIfTI file"),
+        (["a.nii", "b.nii", "c.nii"], ["c.nii"], "a.nii has no label (`medseg check` tells 1 fault more)"),
+        (
+            ["a_3.nii"],
+            ["a_3_seg.nii"],
+            "labelsTr/a_3_seg.nii may be it. Give both the same name, like labelsTr/a_3.nii",
+        ),
+        (["a_3.nii"], ["a_31.nii"], "imagesTr/a_3.nii has no label"),
+        (["a_0000.nii"], ["a.nii"], "nnU-Net's names for 1 case, like a_0000.nii for a. Take _0000 off"),
+        (["a_0000.nii", "a_0001.nii"], ["a.nii"], "Put the channels of each case into one 4-D file"),
     ],
 )
 def test_files_that_are_no_pairs_are_refused(tmp_path: Path, images: list[str], labels: list[str], told: str) -> None:
@@ -200,9 +210,9 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"modality": {}}, "numbered []"),
         ({"modality": {"1": "CT"}}, "numbered [1]"),
         ({"modality": {"0": "T1", "2": "T2"}}, "numbered [0, 2]"),
-        ({"modality": {"0": None}}, "no name for 0"),
+        ({"modality": {"0": None}}, "channel 0 has no name"),
         ({"labels": {"background": 0, "liver": 1}}, "'labels' in dataset.json is not numbered"),
-        ({"labels": {"0": "background", "1": ["liver", 1]}}, "no name for 1"),
+        ({"labels": {"0": "background", "1": ["liver", 1]}}, "label 1 has no name"),
         ({"labels": {"0": "background", "1": "liver", "01": "cancer"}}, "a number twice"),
         ({"labels": {"0": "background", "1": "liver", "2": "liver"}}, "name liver comes twice"),
         ({"labels": {"0": "background", "-1": "liver"}}, "number -1"),
@@ -212,13 +222,17 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"training": {}}, "no list 'training'"),
         ({"training": 3}, "no list 'training'"),
         ({"training": []}, "no training case"),
-        ({"training": [7]}, "lacks an image or a label"),
-        ({"training": ["imagesTr/a.nii.gz"]}, "lacks an image or a label"),
-        ({"training": [{"image": "imagesTr/a.nii.gz"}]}, "lacks an image or a label"),
-        ({"training": [{"image": "", "label": "labelsTr/a.nii.gz"}]}, "lacks an image or a label"),
-        ({"training": [{"image": ["imagesTr/a.nii.gz"], "label": "labelsTr/a.nii.gz"}]}, "lacks an image or a label"),
+        ({"labels": {"0": "", "1": "liver", "2": " "}}, "label 2 has no name"),
+        ({"training": [7]}, "entry 1 of 'training' in dataset.json has no 'image'"),
+        ({"training": ["imagesTr/a.nii.gz"]}, "(imagesTr/a.nii.gz) has no 'label'"),
+        ({"training": [{"image": "imagesTr/a.nii.gz"}]}, "(imagesTr/a.nii.gz) has no 'label'"),
+        ({"training": [{"image": "", "label": "labelsTr/a.nii.gz"}]}, "has no 'image'"),
+        ({"training": [{"image": ["imagesTr/a.nii.gz"], "label": "labelsTr/a.nii.gz"}]}, "has no 'image'"),
+        ({"training": [*LIVER["training"], {"image": "a.nii", "lable": "b.nii"}]}, "entry 3 of 'training'"),
+        ({"training": [{"image": "a.nii", "lable": "b.nii"}]}, "Rename 'lable' to 'label'"),
+        ({"labels": None, "lables": LIVER["labels"]}, "Rename 'lables' to 'labels'"),
         ({"test": {"0": "imagesTs/a.nii.gz"}}, "no list 'test'"),
-        ({"test": [None]}, "lacks an image or a label"),
+        ({"test": [None]}, "entry 1 of 'test' in dataset.json has no 'image'"),
     ],
 )
 def test_what_is_of_the_wrong_kind_is_refused(tmp_path: Path, changes: dict[str, Any], word: str) -> None:
@@ -324,7 +338,7 @@ def test_the_real_two_channel_task_takes_a_four_dimensional_image_only(shared_da
     assert volume.channels == 2
     assert np.array_equal(volume.values[0], labels.values * 3.0)
     assert labels.values.any()
-    with pytest.raises(InputError, match=r"case prostate_00: p.nii.gz has 1 channels .* lists 2 \(T2, ADC\)"):
+    with pytest.raises(InputError, match=r"case prostate_00: labelsTr/p.nii.gz has 1 channel .* lists 2 \(T2, ADC\)"):
         load_case(task, Case("prostate_00", case.label or case.image, case.label, "prostate_00"))
 
 
@@ -368,5 +382,5 @@ def test_rounding_of_an_affine_is_no_other_grid(tmp_path: Path, tiny_task: Any) 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path, tiny_task: Any, which: str) -> None:
     task = load_task(tiny_task(tmp_path / "Task50_blobs", 1))
     (tmp_path / "Task50_blobs" / which / "blob_000.nii.gz").unlink()
-    with pytest.raises(InputError, match=r"case blob_000: blob_000.nii.gz is missing\. Put the file"):
+    with pytest.raises(InputError, match=rf"case blob_000: {which}/blob_000.nii.gz is missing\. Put the file"):
         load_case(task, task.cases[0])

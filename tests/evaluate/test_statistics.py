@@ -45,6 +45,15 @@ def test_one_subject_has_no_interval_and_nothing_no_mean() -> None:
     assert bootstrap(np.full((2, 1), np.nan), ["a", "b"]) is None
 
 
+def test_fewer_than_five_subjects_have_no_interval() -> None:
+    values = np.linspace(0.5, 0.9, 5)[:, None]
+    four, five = (bootstrap(values[:n], [str(i) for i in range(n)]) for n in (4, 5))
+    assert four is not None
+    assert five is not None
+    assert (four.low, four.high) == (None, None)
+    assert five.low is not None
+
+
 def test_a_label_that_few_cases_have_does_not_break_a_draw_without_them() -> None:
     values = np.array([[0.5, np.nan]] * 9 + [[0.5, 0.9]])
     found = bootstrap(values, [str(n) for n in range(10)])

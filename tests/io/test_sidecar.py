@@ -37,7 +37,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
 
 def test_cases_that_failed_are_not_passed_over(tmp_path: Path) -> None:
     write_index(tmp_path / INDEX, "model", {"a": "a_seg.nii.gz"}, {"b": "b.nii.gz is truncated"})
-    with pytest.raises(InputError, match=r"1 cases of .* were not predicted \(b: b.nii.gz is truncated\)"):
+    with pytest.raises(InputError, match=r"1 case of .* was not predicted \(b: b.nii.gz is truncated\)"):
         read_index(tmp_path)
 
 

@@ -129,7 +129,7 @@ def test_a_changed_or_lost_byte_is_found_when_it_is_read(store: CaseStore) -> No
 def test_a_store_is_whole_once_its_index_is_written(tmp_path: Path) -> None:
     store = CaseStore(tmp_path)
     store.write("a", IMAGE, LABELS, PLACES)
-    with pytest.raises(InputError, match=r"store\.json is missing\. Make it with `medseg preprocess`"):
+    with pytest.raises(InputError, match=r"store\.json is missing\. Make it with `medseg preprocess .* -c 3d`"):
         store.require("digest", "3d")
     store.finish(("a",), "digest", "3d")
     store.require("digest", "3d")
@@ -137,7 +137,7 @@ def test_a_store_is_whole_once_its_index_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("plan", "configuration"), [("another", "3d"), ("digest", "2d"), ("", "")])
 def test_another_plan_or_configuration_is_refused(store: CaseStore, plan: str, configuration: str) -> None:
-    with pytest.raises(InputError, match=r"preprocessed by another plan\. Run `medseg preprocess` again"):
+    with pytest.raises(InputError, match=r"preprocessed by another plan\. Run `medseg preprocess .*` again"):
         store.require(plan, configuration)
 
 

@@ -134,6 +134,13 @@ def test_other_data_give_another_card(package: ModelPackage) -> None:
     assert "\nNone.\n" in text
 
 
+def test_too_few_subjects_are_told_as_such(package: ModelPackage) -> None:
+    few = evaluation().model_copy(update={"subjects": 2, "dice": Figure(mean=0.8)})
+    text = card(replace(package, evaluation=few))
+    assert "2 subjects are too few to say how good it is on others" in text
+    assert "not in the intervals" not in text
+
+
 def test_a_single_fold_has_a_card_of_what_is_known(package: ModelPackage) -> None:
     one = replace(package, members=package.members[:1], evaluation=None, refinement=None, provenance={"fold": 2})
     text = card(one)

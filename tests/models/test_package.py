@@ -316,7 +316,7 @@ def resign(folder: Path, name: str) -> None:
 
 def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "is no model package")
-    refused(tmp_path / "nowhere", "is no model package")
+    refused(tmp_path / "nowhere", "there is no folder")
 
 
 @pytest.mark.parametrize("name", ["member0.safetensors", "member1.safetensors", "member1.onnx", "plan.json"])

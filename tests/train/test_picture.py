@@ -4,8 +4,11 @@ import numpy as np
 
 from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
+from medseg.core.look import COLOURS, colour
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap, Volume
+from medseg.report.figures import planes
+from medseg.report.page import Overlay, RunPage, report
 from medseg.train.picture import picture, side_by_side
 
 LABELS = LabelSet((Label("a", 1), Label("b", 2)))
@@ -19,11 +22,26 @@ def test_what_was_found_is_filled_and_the_truth_outlined() -> None:
     image = picture(Volume(np.zeros((1, *grid.shape), np.float32), grid), LabelMap(found, grid, LABELS),
                     LabelMap(truth, grid, LABELS))  # fmt: skip
     assert image.shape == (256, 384, 3)
-    # Rows run from the end of y to its start.
-    middle, edge, outside = image[int(256 * 10 / 20), int(384 * 10 / 30)], image[int(256 * 14.5 / 20), 75], image[5, 5]
-    assert tuple(edge) == (230, 159, 0)
-    assert middle[2] > middle[1] > middle[0] > 0
+    # Rows run from the end of y to its start, columns from the patient's right, the end of x, to the left.
+    middle, edge, outside = image[int(256 * 10 / 20), int(384 * 20 / 30)], image[int(256 * 14.5 / 20), 256], image[5, 5]
+    assert tuple(edge) == colour(0)
+    assert tuple(middle) == tuple(int(0.45 * part) for part in colour(1))
     assert tuple(outside) == (0, 0, 0)
+
+
+def test_the_reports_page_shows_the_same_colours_and_directions() -> None:
+    grid = Grid.from_spacing((40, 30, 9), (1.0, 1.0, 4.0))
+    values = np.zeros(grid.shape, np.uint8)
+    values[4:12, 4:12, 4], values[20:30, 14:26, 4] = 1, 2
+    image, labels = Volume(np.zeros((1, *grid.shape), np.float32), grid), LabelMap(values, grid, LABELS)
+    axial = planes(image.values[0], grid, labels, labels)[0]
+    shown = picture(image, labels, labels)
+    for place, number in enumerate(LABELS.numbers):
+        rows, columns = np.nonzero(axial.reference == number)
+        ours = np.argwhere((shown == colour(place)).all(axis=-1)).mean(axis=0) / shown.shape[:2]
+        assert np.allclose(ours, (rows.mean() / 30, columns.mean() / 40), atol=0.05)
+    page = report(RunPage("t", "t", overlays=(Overlay("a", "3d", "best", image.values[0], grid, labels, labels, 1.0),)))
+    assert f"--o0: {COLOURS[0]}; --o1: {COLOURS[1]};" in page
 
 
 def test_the_way_a_file_stores_its_axes_does_not_show() -> None:

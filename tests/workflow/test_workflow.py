@@ -86,8 +86,12 @@ def test_one_task_can_be_named_on_the_command_line(configured):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"configuratoins": ["3d"]}, "configuratoins"),
-        ({"budget": "soon"}, "budget"),
+        ({"configuratoins": ["3d"]}, "('configuratoins' was unexpected). Did you mean configurations?"),
+        ({"budget": "soon"}, "Write 90s, 15m or 1h30m."),
+        ({"budget": 20}, "Write 90s, 15m or 1h30m."),
+        ({"folds": "0,1,2"}, "'folds=[0,1,2]'"),
+        ({"folds": [0, 3], "of_folds": 3}, "fold 3 of 3: valid are 0 to 2"),
+        ({"configurations": "3d,2d"}, "'configurations=[3d,2d]'"),
         ({"configurations": ["4d"]}, "4d"),
         ({"folds": [5]}, "fold 5"),
         ({"device": "tpu"}, "device"),

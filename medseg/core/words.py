@@ -1,0 +1,16 @@
+"""Numbers as words."""
+
+from __future__ import annotations
+
+
+def count(number: int, noun: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would choose: ``30 s``, ``12 min``, ``2.5 h``."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2g} s"
