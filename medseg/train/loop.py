@@ -19,6 +19,7 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.provenance import digest, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
+from medseg.evaluate.score import ignoring
 from medseg.infer.budget import free_memory
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import segment
@@ -586,12 +587,14 @@ def validate(
     before: Mapping[str, LabelMap] | None = None,
 ) -> tuple[dict[str, Any], Rgb]:
     """Mean Dice over the cases, of all labels as "dice", and of each as "dice_by_label"; and a picture of
-    the first few of them. ``before`` is what a stage before found in them, if there is one."""
+    the first few of them. Voxels that the plan ignores do not count. ``before`` is what a stage before found
+    in them, if there is one."""
     scores: dict[str, list[float]] = {label.name: [] for label in plan.label_set}
     engine = TorchEngine([network], plan.configuration(configuration), plan.outputs, device)
     pictures: list[Rgb] = []
     for case, volume, reference in cases:
         found = segment(engine, volume, plan, configuration, previous=(before or {}).get(case)).label_map
+        found, reference = ignoring(found, reference, plan.training.ignore_label, case=case)
         if len(pictures) < _PICTURED:
             pictures.append(picture(volume, found, reference))
         for label in plan.label_set:
