@@ -37,6 +37,7 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
     """
     cores = use_cores(threads)
     from medseg.dataset.task import load_case, load_labels, require_same_grid
+    from medseg.evaluate.score import ignoring
     from medseg.infer.agreement import measure
     from medseg.infer.predict import Predictor
     from medseg.io.files import new_folder
@@ -62,7 +63,8 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
         reference = load_labels(task, task.case(case))
         prediction = read_prediction(paths[name, case], task.labels, case)
         require_same_grid(prediction, reference, case)
-        return prediction, reference
+        ignored = next(iter(trained[name].values())).plan.training.ignore_label
+        return ignoring(prediction, reference, ignored, case=case)
 
     package = choose_model(trained, load, task, folder.fingerprint(), of_folds=len(folds), progress=progress("choose"))
     save_package(place, package)

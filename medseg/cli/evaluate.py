@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 @click.option("--tolerance", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Of the NSD, in mm.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def evaluate(predictions: Path, task: Path, output: Path | None, tolerance: float, as_json: bool) -> None:
-    """Score a folder of PREDICTIONS against the labels of TASK."""
+    """Score a folder of PREDICTIONS against the labels of TASK.
+
+    Where the model was trained to ignore a label, voxels that have it do not count.
+    """
     import json
 
     from medseg.core.errors import InputError
     from medseg.dataset.task import load_labels, load_task
     from medseg.evaluate.score import evaluate as evaluate_cases
-    from medseg.evaluate.score import summarise, to_csv, to_json
+    from medseg.evaluate.score import ignoring, summarise, to_csv, to_json
     from medseg.io.files import write_json, write_text
-    from medseg.io.sidecar import read_index, read_prediction
+    from medseg.io.sidecar import ignored_in, read_index, read_prediction
 
     reference = load_task(task)
     index = read_index(predictions)
@@ -39,7 +42,8 @@ def evaluate(predictions: Path, task: Path, output: Path | None, tolerance: floa
     def pairs() -> Iterator[tuple[str, LabelMap, LabelMap]]:
         for case, path in progress("evaluate")(index.items(), len(index)):
             predicted = read_prediction(path, reference.labels, case)
-            yield case, predicted, load_labels(reference, reference.case(case))
+            truth = load_labels(reference, reference.case(case))
+            yield case, *ignoring(predicted, truth, ignored_in(path), case=case)
 
     rows = evaluate_cases(pairs(), tolerance_mm=tolerance)
     document = to_json(rows, provenance={"task": reference.name, "tolerance_mm": tolerance})

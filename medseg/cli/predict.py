@@ -425,6 +425,9 @@ def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes:
 
     made = result.made
     record = _sidecar(job, made, scan, wishes)
+    ignored = predictor.package.plan.training.ignore_label
+    if ignored is not None:  # for `medseg evaluate`, which knows no plan
+        record["ignore_label"] = ignored
     side = sidecar_of(job.output)
     staged = side.with_name(f".{side.name}.new")
     try:

@@ -28,7 +28,7 @@ import numpy as np
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
-from medseg.core.labels import Label
+from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap
 from medseg.evaluate.overlap import Mask, dice, iou
 from medseg.evaluate.surface import assd, hausdorff, nsd, surface_distances
@@ -150,6 +150,27 @@ def evaluate(
     ]
 
 
+def ignoring(
+    prediction: LabelMap, reference: LabelMap, number: int | None, *, case: str | None = None
+) -> tuple[LabelMap, LabelMap]:
+    """Both label maps with nothing where the reference has the label ``number``, and without that label: what
+    is found there is neither right nor wrong. As they are where it is None. A structure that goes on into what
+    is ignored ends at its border in both, for surface distances too.
+
+    Raises InputError where they are not on one grid.
+    """
+    if number is None:
+        return prediction, reference
+    _same_grid(prediction.grid, reference.grid, case)
+    counts = reference.values != number
+
+    def left(one: LabelMap) -> LabelMap:
+        labels = LabelSet(tuple(label for label in one.labels if label.number != number))
+        return LabelMap(one.values * counts, one.grid, labels)
+
+    return left(prediction), left(reference)
+
+
 def diagonal_mm(grid: Grid) -> float:
     """The longest distance within an image, from outer corner to outer corner, in mm."""
     edges = grid.affine[:3, :3] * grid.shape
@@ -221,7 +242,7 @@ def from_json(document: Mapping[str, Any]) -> list[CaseMetrics]:
     return [_row(row, f"row {number} of the scores") for number, row in enumerate(document["rows"], start=1)]
 
 
-def _same_grid(prediction: Grid, reference: Grid, case: str) -> None:
+def _same_grid(prediction: Grid, reference: Grid, case: str | None) -> None:
     if prediction.matches(reference):
         return
     if prediction.shape != reference.shape:

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.core.grid import Grid
 from medseg.core.progress import Progress, silent
 from medseg.core.shape import cut, pieces
 from medseg.core.volume import LabelMap, Volume
@@ -20,11 +21,11 @@ from medseg.infer.refine import chosen, keep_only, refined, without_small
 from medseg.infer.scout import scout, scouting
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.trust import Flag, Found, expected_dice, review
-from medseg.infer.window import OVERLAP, QUICK_OVERLAP, Box, sweep
+from medseg.infer.window import OVERLAP, QUICK_OVERLAP, Box, Tiling, sweep
 from medseg.models.calibration import Calibration
 from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
-from medseg.plan.plan import Plan
+from medseg.plan.plan import Configuration, Plan
 from medseg.preprocess.regrid import home_thick, masked, network_grid, occupied, preprocess
 
 Thoroughness = Literal["quick", "normal", "quality"]
@@ -239,17 +240,7 @@ def segment(
     Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
     box = occupied(volume, configuration.orientation)
-    as_floats = 4 if masked(plan) else 0
-    tiling = within(
-        memory,
-        engine,
-        configuration,
-        network_grid(box, configuration),
-        volume.grid,
-        channels=volume.channels + (len(plan.labels) if previous else 0),
-        overlap=overlap,
-        voxel_bytes=scans_held * (volume.channels * (volume.values.itemsize + as_floats) + 1) + 4 * probability,
-    )
+    tiling = _tiles(engine, volume, plan, configuration, box, overlap, memory, scans_held, probability)
     prepared = preprocess(volume, plan, configuration, previous, box=box)
     thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
     sparse = scouting(tiling, configuration) if scouted else None
@@ -288,6 +279,39 @@ def segment(
     if (numbers != np.arange(len(numbers))).any():
         values = numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16)[values]
     return Segmentation(LabelMap(values, volume.grid, plan.label_set), home.tally, home.probability)
+
+
+def require_memory(
+    engine: Engine, volume: Volume, plan: Plan, configuration_name: str, *, memory: int | None = None
+) -> None:
+    """InputError where `segment` would be refused the ``memory`` (bytes) that it needs, without predicting."""
+    configuration = plan.configuration(configuration_name)
+    _tiles(engine, volume, plan, configuration, occupied(volume, configuration.orientation), memory=memory)
+
+
+def _tiles(
+    engine: Engine,
+    volume: Volume,
+    plan: Plan,
+    configuration: Configuration,
+    box: Grid,
+    overlap: float = OVERLAP,
+    memory: int | None = None,
+    scans_held: int = 1,
+    probability: bool = False,
+) -> Tiling:
+    """The tiles of `segment`, over a scan of which only ``box`` is not empty."""
+    as_floats = 4 if masked(plan) else 0
+    return within(
+        memory,
+        engine,
+        configuration,
+        network_grid(box, configuration),
+        volume.grid,
+        channels=plan.inputs(configuration),
+        overlap=overlap,
+        voxel_bytes=scans_held * (volume.channels * (volume.values.itemsize + as_floats) + 1) + 4 * probability,
+    )
 
 
 def _seen(image: NDArray[np.float32]) -> Callable[[Box], bool] | None:

@@ -22,6 +22,14 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{name}.json")
 
 
+def ignored_in(path: Path) -> int | None:
+    """The label number whose voxels do not count for or against a label map, since its model was trained so;
+    None where there is none, or no sidecar."""
+    record = _read_or_none(sidecar_of(path))
+    number = record.get("ignore_label") if isinstance(record, dict) else None
+    return number if isinstance(number, int) else None
+
+
 def require_own(path: Path, *more: Path) -> None:
     """InputError where a label map to be written, its sidecar, or ``more`` that is written with it,
     would take the place of something that medseg did not make. The sidecar tells."""

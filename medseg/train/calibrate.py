@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
+from medseg.evaluate.score import ignoring
 from medseg.infer.engine import pick_device
 from medseg.infer.predict import Predictor, Segmentation, segment
 from medseg.infer.stream import Keep, Tally
@@ -88,18 +89,22 @@ def _halving(cases: Sequence[str]) -> tuple[str, ...]:
 
 def _sample(predictor: Predictor, volume: Volume, truth: LabelMap) -> tuple[Sample, Float64]:
     """Voxels of a case, and the expected Dice (labels,) as the model tells it by itself."""
-    numbers = np.array([0, *truth.labels.numbers])
-    near = ndimage.binary_dilation(truth.values > 0, iterations=_NEAR)
+    plan = predictor.package.plan
+    numbers = np.array([0, *plan.label_set.numbers])
+    # What the plan does not know is background to it, and what it ignores is nothing at all.
+    known = np.where(np.isin(truth.values, numbers), truth.values, 0)
+    counts = truth.values != (plan.training.ignore_label or -1)
+    near = ndimage.binary_dilation(known > 0, iterations=_NEAR)
     share = min(1.0, _SAMPLED_VOXELS / max(1, int(np.count_nonzero(near))))
     parts: dict[tuple[int, ...], Sample] = {}
 
     def keep(box: Box, shares: Float32) -> None:
-        wanted = np.flatnonzero(near[box] | (shares[0] < _SURE))
+        wanted = np.flatnonzero(counts[box] & (near[box] | (shares[0] < _SURE)))
         place = tuple(side.start for side in box)
         # Boxes come in any order; each has random numbers of its own.
         chosen = wanted[np.random.default_rng(place).random(len(wanted)) < share]
         logits = np.log(np.maximum(shares.reshape(len(shares), -1)[:, chosen], _LEAST))
-        parts[place] = Sample(logits, np.searchsorted(numbers, truth.values[box].ravel()[chosen]))
+        parts[place] = Sample(logits, np.searchsorted(numbers, known[box].ravel()[chosen]))
 
     tally = _segment(predictor, volume, keep=keep).tally
     ordered = [parts[place] for place in sorted(parts)]
@@ -109,10 +114,12 @@ def _sample(predictor: Predictor, volume: Volume, truth: LabelMap) -> tuple[Samp
 
 def _outcome(predictor: Predictor, volume: Volume, truth: LabelMap, temperature: float, before: Float64) -> Outcome:
     made = _segment(predictor, volume, temperature=temperature)
-    found = made.label_map.values
+    plan = predictor.package.plan
+    scored, truth = ignoring(made.label_map, truth, plan.training.ignore_label)
+    found = scored.values
     overlaps = [
         dice(found == number, truth.values == number) if (found == number).any() else np.nan
-        for number in truth.labels.numbers
+        for number in plan.label_set.numbers
     ]
     return Outcome(before, _expected(made.tally), np.array(overlaps))
 

@@ -19,14 +19,15 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.provenance import digest, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
+from medseg.evaluate.score import ignoring
 from medseg.infer.budget import free_memory
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
-from medseg.infer.predict import segment
+from medseg.infer.predict import require_memory, segment
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore, StoredCase
 from medseg.models.build import build
 from medseg.models.package import ModelPackage, learnt_from
-from medseg.plan.cost import require_room
+from medseg.plan.cost import estimate, gib, require_room
 from medseg.plan.plan import Configuration, Plan, Training
 from medseg.train.batches import Batches, Feed
 from medseg.train.loss import loss_of, supervised
@@ -36,6 +37,8 @@ from medseg.train.teacher import TaughtBatches, answered, beside
 
 _CHECKPOINT_SECONDS = 60.0
 _VALIDATIONS, _PICTURED = 10, 4
+# Of the memory that is free beside a training, a validation may take so much.
+_VALIDATION_SHARE = 0.8
 # Into so many parts a run is divided by the checkpoints that it may go back to.
 _PARTS = 10
 _CLIP = 12.0
@@ -166,6 +169,7 @@ def train(
     if taught and not unlabelled:
         raise InputError("the plan has a mean teacher, and there are no unlabelled cases", "Run `medseg preprocess`")
     require_fit(plan, configuration, plan.outputs, device, ranks, times=2 if taught else 1)
+    memory = _room_to_validate(plan, setup, (*cases, *unlabelled), validation, device) if validation else None
     make = partial(Batches, plan, configuration, device=device, ranks=ranks)
     members, seconds, setbacks = [], 0.0, 0
     records: list[dict[str, Any]] = []
@@ -181,7 +185,7 @@ def train(
             loss=beside(plan) if taught else loss_of(plan),
             ask=partial(answered, plan) if taught else None,
             identity=identity_of(plan, one, ranks, start, unlabelled if taught else ()),
-            check=(lambda network: validate(network, validation, plan, setup.configuration, device, found))
+            check=(lambda network: validate(network, validation, plan, setup.configuration, device, found, memory))
             if validation
             else None,
         )
@@ -562,6 +566,42 @@ def require_fit(
     )
 
 
+def _room_to_validate(
+    plan: Plan,
+    setup: Setup,
+    cases: Sequence[StoredCase],
+    validation: Sequence[tuple[str, Volume, LabelMap]],
+    device: torch.device,
+) -> int:
+    """Bytes that a validation may take beside the training, from beginning to end: what is free now less what
+    the training will take, and not what is free at the time, which would end a run in the middle. InputError
+    where that is too little for one of the cases."""
+    configuration, free = plan.configuration(setup.configuration), free_memory()
+    taught = 2 if plan.training.consistency else 1
+    batch = configuration.batch.model_copy(update={"value": taught * configuration.batch.value})
+    larger = configuration.model_copy(update={"batch": batch})
+    training = 0
+    if device.type == "cpu":
+        half = torch_precision(device) != "f32"
+        training = estimate(larger, plan.inputs(configuration), plan.outputs, kind="cpu", half=half).memory_bytes
+    # `Batches` keeps the cases in memory where they take no more than half of it.
+    kept = min(sum(case.image.nbytes + 2 * math.prod(case.shape) for case in cases), free // 2)
+    memory = max(0, int(_VALIDATION_SHARE * (free - training - kept)))
+    network = build(configuration, plan.inputs(configuration), plan.outputs)
+    engine = TorchEngine([network], configuration, plan.outputs, torch.device("cpu"))
+    for case, volume, _ in validation:
+        try:
+            require_memory(engine, volume, plan, setup.configuration, memory=memory)
+        except InputError:
+            raise InputError(
+                f"it is predicted whole now and then while training, which needs more than the {gib(memory)} of "
+                "memory that are free beside the training",
+                "Free some memory, crop the scan, or plan with a smaller patch",
+                case=case,
+            ) from None
+    return memory
+
+
 def _repeatable(deterministic: bool, device: torch.device) -> None:
     """Whether a GPU takes only algorithms that repeat themselves, which are slower; a processor's do."""
     if device.type == "cuda":
@@ -584,14 +624,18 @@ def validate(
     configuration: str,
     device: torch.device,
     before: Mapping[str, LabelMap] | None = None,
+    memory: int | None = None,
 ) -> tuple[dict[str, Any], Rgb]:
     """Mean Dice over the cases, of all labels as "dice", and of each as "dice_by_label"; and a picture of
-    the first few of them. ``before`` is what a stage before found in them, if there is one."""
+    the first few of them. Voxels that the plan ignores do not count. ``before`` is what a stage before found
+    in them, if there is one; ``memory`` (bytes) bounds what a prediction takes."""
     scores: dict[str, list[float]] = {label.name: [] for label in plan.label_set}
     engine = TorchEngine([network], plan.configuration(configuration), plan.outputs, device)
     pictures: list[Rgb] = []
     for case, volume, reference in cases:
-        found = segment(engine, volume, plan, configuration, previous=(before or {}).get(case)).label_map
+        told = (before or {}).get(case)
+        found = segment(engine, volume, plan, configuration, previous=told, memory=memory).label_map
+        found, reference = ignoring(found, reference, plan.training.ignore_label, case=case)
         if len(pictures) < _PICTURED:
             pictures.append(picture(volume, found, reference))
         for label in plan.label_set:

@@ -14,6 +14,7 @@ from medseg.evaluate.score import (
     CaseMetrics,
     diagonal_mm,
     from_json,
+    ignoring,
     score,
     summarise,
     to_csv,
@@ -274,3 +275,17 @@ def test_json_that_is_not_ours_is_refused(change, says):
 def test_the_table_of_statuses_is_complete():
     for status in module._STATUS.values():
         assert f'"{status}"' in module.__doc__
+
+
+def test_what_is_ignored_counts_for_neither():
+    labels, grid = LabelSet((Label("organ", 1), Label("unclear", 5))), Grid.from_spacing((4, 2, 2), 1.0)
+    found, truth = label_map({1: np.s_[:3]}, grid, labels), label_map({1: np.s_[0], 5: np.s_[1]}, grid, labels)
+    assert ignoring(found, truth, None) == (found, truth)
+    (row,) = score(*ignoring(found, truth, 5), case="a")
+    assert row.name == "organ"
+    assert row.dice == pytest.approx(2 / 3)
+    assert row.predicted_mm3 == 8
+    assert found.values[1].all()
+    moved = label_map({}, Grid.from_spacing((4, 2, 2), 2.0), labels)
+    with pytest.raises(InputError, match=r"case a: .*mm apart"):
+        ignoring(moved, truth, 5, case="a")

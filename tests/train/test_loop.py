@@ -519,6 +519,25 @@ def test_a_network_that_cannot_fit_is_refused_before_it_starts(bench: Bench, mon
         bench.run()
 
 
+def test_a_case_too_large_to_validate_on_is_named_before_it_starts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "free_memory", lambda: 300 * 2**20)
+    seen: list[Progress] = []
+    with pytest.raises(InputError, match=rf"case {bench.held_out[0]}: it is predicted whole .* than the 0\.2"):
+        bench.run(validate=True, progress=seen.append)
+    assert seen == []
+    bench.run()
+
+
+def test_what_is_free_later_does_not_end_a_run_in_the_middle(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def less(now: Progress) -> None:
+        monkeypatch.setattr("medseg.infer.budget.free_memory", lambda: 2**20)
+
+    _, records = bench.run(validate=True, progress=less)
+    assert "dice" in records[-1]
+
+
 def test_a_fold_without_cases_is_refused(bench: Bench) -> None:
     bench.train_ids = ()
     with pytest.raises(InputError, match="has no case to train on"):
