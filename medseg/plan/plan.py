@@ -159,10 +159,10 @@ class Watching(Strict):
 class Configuration(Strict):
     """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z, and how
     many ``steps`` training takes: of each of its ``members``, networks that differ by how they begin and
-    what they see when, one unless said; their mean is the model. ``watching`` is as `Watching` has it by itself where a
-    plan does not say. In 2D the patch is one voxel thick along ``slice_axis``. Imported models have no steps: they are not trained here. ``previous`` names the stage
-    whose labels, one channel each, are added to the scan's channels; of a plan to train by it is another
-    configuration.
+    what they see when, one unless said; their mean is the model. ``watching`` is as `Watching` has it
+    by itself where a plan does not say. In 2D the patch is one voxel thick along ``slice_axis``. Imported
+    models have no steps: they are not trained here. ``previous`` names the stage whose labels, one
+    channel each, are added to the scan's channels; of a plan to train by it is another configuration.
 
     How imported models differ: ``orientation`` "stored" takes the axes as the file has them, whatever
     way they run, and spacing and patch are along those. ``grid`` "shape" rounds the number of voxels
