@@ -153,9 +153,10 @@ def train(
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
     predicted as often as the plan says, by the same function that `predict` uses; without any, the log
     holds the loss only. ``stop`` is asked after every step, on a GPU after up to 16 of them. With several
-    ``ranks`` each takes its share of every batch. ``start`` is a model whose weights to begin with, as far as they are `fitting`; whether it has seen a
-    case that is held out is for the caller to know. A plan that has a mean teacher needs ``unlabelled``
-    cases. A second stage needs what comes ``before`` it, which goes into its package.
+    ``ranks`` each takes its share of every batch. ``start`` is a model whose weights to begin with, as far
+    as they are `fitting`; whether it has seen a case that is held out is for the caller to know. A plan
+    that has a mean teacher needs ``unlabelled`` cases. A second stage needs what comes ``before`` it, which
+    goes into its package.
 
     A loss that is no number brings the run back to where the last tenth of it began (the clock, and where
     it was stopped, decide nothing), to go on at half the learning rate, once. Raises MedsegError where
