@@ -56,6 +56,8 @@ for second, first in BEFORE.items():
         raise WorkflowError(f"medseg: {second} is told what {first} found. Add {first} to the configurations.")
     if second in CONFIGURATIONS and set(FOLDS) != set(range(config["of_folds"])):
         raise WorkflowError(f"medseg: {second} needs all folds of {first}. Let folds be 0 to {config['of_folds'] - 1}.")
+    if second in CONFIGURATIONS and listed(config["unlabelled"]):
+        raise WorkflowError(f"medseg: {second} cannot learn from scans without labels. Leave it out, or unlabelled empty.")
 
 # Folder names of the phantom tasks, as `medseg phantom` writes them.
 PHANTOMS = {f"Phantom_{name.capitalize()}": name for name in config["phantoms"]["tasks"]}
@@ -103,6 +105,10 @@ def threads_for(wanted):
         return wanted
     here = min(len(os.sched_getaffinity(0)), workflow.cores)
     return max(1, min(workflow.cores, round(cores(wanted) * workflow.cores / here)))
+
+
+# What a training may take, of which the plan is told: no more than four fifths of this machine's memory.
+TRAINING_MB = min(8000, int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6))
 
 
 def task_folder(wildcards):

@@ -45,8 +45,10 @@ rule plan:
         splits=lambda wildcards: config["splits"].get(wildcards.task, []),
     output:
         RESULTS + "/{task}/run.json",
-        RESULTS + "/{task}/plan.json",
-        RESULTS + "/{task}/folds.json",
+        # Not removed before the rule runs again: both may have been edited. `medseg plan` moves such a plan
+        # aside and keeps the folds; touched, they are no older than what they were made from.
+        update(RESULTS + "/{task}/plan.json"),
+        update(RESULTS + "/{task}/folds.json"),
         RESULTS + "/{task}/fingerprint.json",
     log:
         RESULTS + "/logs/{task}/plan.log",
@@ -56,6 +58,7 @@ rule plan:
         folds=config["of_folds"],
         seed=config["seed"],
         machine="gpu" if HAS_GPU else "cpu",
+        memory="" if HAS_GPU else f"--memory {TRAINING_MB}MB",
         budgets=budget_options,
         unlabelled=" ".join(f"--unlabelled {how}" for how in listed(config["unlabelled"])),
         # Steps are timed on as many cores as train, and beside nothing else.
@@ -64,11 +67,12 @@ rule plan:
     threads: threads_for(config["threads"])
     resources:
         gpu=1 if HAS_GPU else 0,
-        mem_mb=8000,
+        mem_mb=TRAINING_MB,
         runtime=60,
     shell:
         "{MEDSEG} plan {params.task:q} -o {params.run:q} --folds {params.folds} --seed {params.seed} "
-        "--machine {params.machine} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1"
+        "--machine {params.machine} {params.memory} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1 "
+        "&& touch {output}"
 
 
 rule preprocess:

@@ -19,7 +19,7 @@ rule train:
     threads: threads_for(config["threads"])
     resources:
         gpu=1 if HAS_GPU else 0,
-        mem_mb=8000,
+        mem_mb=TRAINING_MB,
         runtime=minutes,
     shell:
         "{MEDSEG} train {params.run:q} -c {wildcards.configuration} --fold {wildcards.fold} "

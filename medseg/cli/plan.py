@@ -22,19 +22,22 @@ from medseg.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from medseg.dataset.split import Fold
+    from medseg.dataset.task import Task
     from medseg.plan.cost import Kind, Meter
     from medseg.plan.plan import Configuration
     from medseg.plan.scale import Target
 
 # Of the memory that is free or that a GPU has, training may take so much unless told otherwise.
 _FREE_SHARE, _GPU_SHARE = 0.8, 0.95
+_FOLDS = 5
 
 
 @click.command()
 @click.argument("task", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, required=True, help="The run's folder: new, or one of this task.")
 @click.option(
-    "--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Folds to deal the subjects to."
+    "--folds", type=click.IntRange(min=2), help="Folds to deal the subjects to.  [default: those that there are, or 5]"
 )
 @click.option("--splits", type=FOLDER, help="Folds to use instead: folds.json, or nnU-Net's splits_final.json.")
 @click.option("--machine", type=click.Choice(["cpu", "gpu"]), help="What the plan is for.  [default: this machine]")
@@ -71,7 +74,7 @@ _FREE_SHARE, _GPU_SHARE = 0.8, 0.95
 def plan(
     task: Path,
     output: Path,
-    folds: int,
+    folds: int | None,
     splits: Path | None,
     machine: Kind | None,
     budget: tuple[tuple[str, float], ...],
@@ -87,7 +90,9 @@ def plan(
     """Measure TASK and decide how to train on it.
 
     Writes plan.json (each decision with its reason, and what it will cost), folds.json and
-    fingerprint.json. All may be edited; folds.json is kept when the command runs again.
+    fingerprint.json. All may be edited. When the command runs again, an earlier plan that decides otherwise
+    is moved aside, and folds.json is kept, or where it has another number of folds than --folds says or
+    --splits takes its place, moved aside too.
     """
     kind: Kind = machine or ("gpu" if gpu_memory else "cpu" if memory else _this_machine())
     _require_sense(kind, budget, steps, gpu_memory, memory, measure)
@@ -111,20 +116,22 @@ def plan(
     decided = make_plan(measured, loaded.labels, wanted.leaves(target), meter=meter, optional_channels=optional)
     if unlabelled:
         decided = wanted.decided(decided, len(loaded.cases), target)
+    kept = not splits and run.folds_file.exists()
     if splits:
         dealt = read_folds(splits, loaded)
         if found := leaks(loaded, dealt):
             click.echo(f"warning: {splits} has {len(found)} subjects on both sides of a fold", err=True)
-    elif run.folds_file.exists():
-        dealt = run.folds(loaded)
+    elif kept and len(dealt := run.folds(loaded)) == (folds or len(dealt)):
         click.echo(f"kept {run.folds_file}", err=True)
     else:
-        dealt = make_folds(loaded, folds, seed=seed, duplicates=measured.duplicates)
-        if len(dealt) < folds:
-            click.echo(f"{len(dealt)} folds, not {folds}: there are no more subjects", err=True)
+        kept, asked = False, folds or _FOLDS
+        dealt = make_folds(loaded, asked, seed=seed, duplicates=measured.duplicates)
+        if len(dealt) < asked:
+            click.echo(f"{len(dealt)} folds, not {asked}: there are no more subjects", err=True)
     write_json(run.index, {"format": 1, "task": str(task.resolve())})
     write_json(run.path / "fingerprint.json", measured.model_dump(mode="json"))
-    if splits or not run.folds_file.exists():
+    if not kept:
+        _keep_edited_folds(run, loaded, dealt)
         write_folds(run.folds_file, loaded, dealt)
     _keep_edited(run.plan_file, decided.digest())
     write_plan(run.plan_file, decided)
@@ -159,7 +166,7 @@ def _require_sense(
 
 def _target(kind: Kind, budgets: dict[str, float], steps: int | None, memory: int | None, at_hand: bool) -> Target:
     """What to plan for: this machine, where it is ``at_hand``, or one that is like most."""
-    from medseg.infer.budget import free_memory
+    from medseg.core.memory import free_memory
     from medseg.infer.engine import processor_has_bf16
     from medseg.plan.scale import USUAL_MEMORY, Target
 
@@ -230,8 +237,26 @@ def _keep_edited(path: Path, digest: str) -> None:
     except InputError:
         same = False
     if not same:
-        numbered = (path.with_name(f"plan.earlier.{number}.json") for number in itertools.count(2))
-        names = itertools.chain([path.with_name("plan.earlier.json")], numbered)
-        aside = next(name for name in names if not name.exists())  # each may hold someone's work
-        path.replace(aside)
-        click.echo(f"the earlier plan is now {aside}", err=True)
+        _move_aside(path)
+
+
+def _keep_edited_folds(run: RunFolder, task: Task, dealt: tuple[Fold, ...]) -> None:
+    """Likewise folds that are others."""
+    from medseg.core.errors import InputError
+
+    if not run.folds_file.exists():
+        return
+    try:
+        same = run.folds(task) == dealt
+    except InputError:
+        same = False
+    if not same:
+        _move_aside(run.folds_file)
+
+
+def _move_aside(path: Path) -> None:
+    numbered = (path.with_name(f"{path.stem}.earlier.{number}.json") for number in itertools.count(2))
+    names = itertools.chain([path.with_name(f"{path.stem}.earlier.json")], numbered)
+    aside = next(name for name in names if not name.exists())  # each may hold someone's work
+    path.replace(aside)
+    click.echo(f"the earlier {path.stem} {'are' if path.stem == 'folds' else 'is'} now {aside}", err=True)

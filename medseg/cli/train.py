@@ -33,11 +33,6 @@ if TYPE_CHECKING:
     from medseg.models.package import ModelPackage
     from medseg.plan.plan import Plan
 
-# Cases predicted whole, now and then, while training; and those on which engines are compared.
-_VALIDATED, _COMPARED = 8, 3
-# Learning how far the model can be believed takes no longer than this share of the training, and
-# need not be done in less than so many seconds.
-_CALIBRATION_SHARE, _CALIBRATION_SECONDS = 0.1, 30.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -170,8 +165,9 @@ def train(
     from medseg.models.build import build
     from medseg.models.experience import experience
     from medseg.models.package import INDEX, load_package, record_engines, save_package
+    from medseg.plan.watch import COMPARED_CASES, calibration_allowed, comparison_allowed, watching_of
     from medseg.preprocess.regrid import preprocess
-    from medseg.train.calibrate import calibration_of
+    from medseg.train.calibrate import calibration_of, evenly
     from medseg.train.loop import Before, Progress, Setup, fitting
     from medseg.train.loop import train as train_network
     from medseg.train.pretrain import pretrain
@@ -216,9 +212,13 @@ def train(
             + (f"; new are {', '.join(missing)}" if missing else ""),
             err=True,
         )
-    watched = chosen.validation[:: max(1, -(-len(chosen.validation) // _VALIDATED))]
+    looked = watching_of(plan.configuration(configuration))
+    watched = evenly(chosen.validation, looked.cases if looked.times else 0)
+    compared = watched[:COMPARED_CASES] or chosen.validation[:1]
     validation = [(case, *load_case(task, task.case(case))) for case in watched]
-    before = Before(stage.models[fold], {case: stage.found(task, case) for case in watched}) if stage else None
+    before = (
+        Before(stage.models[fold], {case: stage.found(task, case) for case in {*watched, *compared}}) if stage else None
+    )
     tracker = None
     if mlflow and ranks.first:
         tracker = MlflowTracker(mlflow, f"{task.name} {configuration}", lambda text: click.echo(text, err=True))
@@ -263,30 +263,34 @@ def train(
         package,
         lambda case: load_case(task, task.case(case)),
         device=device,
-        seconds=max(_CALIBRATION_SECONDS, _CALIBRATION_SHARE * package.provenance["seconds"]),
+        seconds=calibration_allowed(package.configuration, package.provenance["seconds"]),
+        most=looked.calibrated,
     )
     # Of a fold that has a log `medseg train --all-folds` takes it that all is there.
     log_file = output / "log.json"
     save_package(output / "model", replace(package, experience=trained, calibration=calibration), outdated=[log_file])
     saved = load_package(output / "model")
-    images = {
-        case: preprocess(volume, plan, saved.configuration, before.found[case] if before else None).values
-        for case, volume, _ in validation[:_COMPARED]
+    scans = {case: volume for case, volume, _ in validation} or {
+        case: load_case(task, task.case(case))[0] for case in compared
     }
-    engines = measure(saved, images, cores)
+    images = {
+        case: preprocess(scans[case], plan, saved.configuration, before.found[case] if before else None).values
+        for case in compared
+    }
+    engines = measure(saved, images, cores, seconds=comparison_allowed(package.provenance["seconds"]))
     record_engines(output / "model", engines)
     write_json(log_file, {"format": 1, "options": f"--seed {seed}", "records": list(records)})
     done = package.provenance
-    click.echo(
-        f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, "
-        f"Dice {records[-1].get('dice', float('nan')):.3f} on {len(watched)} held-out cases; {output / 'model'}"
-    )
+    score = f"Dice {records[-1]['dice']:.3f} on {len(watched)} held-out cases" if watched else "not validated"
+    click.echo(f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, {score}; {output / 'model'}")
     if calibration:
         click.echo(
             f"predicted Dice is {calibration.dice_error:.3f} off on average, calibration error "
             f"{calibration.ece_before:.3f} before and {calibration.ece_after:.3f} after temperature "
             f"{calibration.temperature:.2f}, on {calibration.cases} held-out cases"
         )
+    elif not looked.calibrated:
+        click.echo("the plan leaves no time to calibrate it (configurations, watching), so its confidence is its own")
     else:
         click.echo("no structure was found in a held-out case, so the confidence of this model is not calibrated")
     for name, found in engines.items():

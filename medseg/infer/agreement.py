@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -15,46 +16,67 @@ from medseg.plan.plan import Configuration
 _TILES = 2
 
 
-def measure(package: ModelPackage, images: Mapping[str, Float32], threads: int | None = None) -> dict[str, Agreement]:
+def measure(
+    package: ModelPackage, images: Mapping[str, Float32], threads: int | None = None, *, seconds: float = float("inf")
+) -> dict[str, Agreement]:
     """The agreement of each engine that can run a package here, other than torch, by engine and
-    precision ("openvino-f32"). ``images`` are preprocessed cases (C, X, Y, Z) by name. Empty where
+    precision ("openvino-f32"). ``images`` are preprocessed cases (C, X, Y, Z) by name, of which each
+    engine looks at one tile, and at further ones until its part of the ``seconds`` is over. Empty where
     there is no other engine, or no case."""
     if not package.graphs or not images:
         return {}
     reference = open_engine(package, "torch-cpu", threads, precision="f32")
     capable = "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     found = {}
-    for precision in ("f32", "bf16") if capable else ("f32",):
+    precisions = ("f32", "bf16") if capable else ("f32",)
+    for precision in precisions:
         engine = OpenVinoEngine(package, threads, precision=precision)
-        found[f"{engine.name}-{precision}"] = agreement(engine, reference, images, package.configuration)
+        found[f"{engine.name}-{precision}"] = agreement(
+            engine, reference, images, package.configuration, seconds=seconds / len(precisions)
+        )
     return found
 
 
 def agreement(
-    engine: Engine, reference: Engine, images: Mapping[str, Float32], configuration: Configuration
+    engine: Engine,
+    reference: Engine,
+    images: Mapping[str, Float32],
+    configuration: Configuration,
+    *,
+    seconds: float = float("inf"),
 ) -> Agreement:
     """How far an engine's logits and labels are another's, over tiles of preprocessed cases
-    (C, X, Y, Z). Of labels that neither finds the Dice counts for nothing."""
-    difference, same, voxels = 0.0, 0, 0
+    (C, X, Y, Z), the first one and those that are begun before the ``seconds`` are over. Of labels that
+    neither finds the Dice counts for nothing."""
+    difference, same, voxels, until = 0.0, 0, 0, time.perf_counter() + seconds
+    seen: list[str] = []
     counts = np.zeros((0, 3), dtype=np.int64)
-    for image in images.values():
-        for tile in middle_tiles(image, configuration.patch.value):
-            one, other = _logits(engine, tile), _logits(reference, tile)
-            difference = max(difference, float(np.abs(one - other).max()))
-            labels, expected = one.argmax(axis=0), other.argmax(axis=0)
-            same += int(np.count_nonzero(labels == expected))
-            voxels += labels.size
-            tally = _tally(labels, expected, len(one))
-            counts = counts + tally if len(counts) else tally
+    for case, tile in _tiles(images, configuration):
+        if seen and time.perf_counter() > until:
+            break
+        seen += [case] if case not in seen else []
+        one, other = _logits(engine, tile), _logits(reference, tile)
+        difference = max(difference, float(np.abs(one - other).max()))
+        labels, expected = one.argmax(axis=0), other.argmax(axis=0)
+        same += int(np.count_nonzero(labels == expected))
+        voxels += labels.size
+        tally = _tally(labels, expected, len(one))
+        counts = counts + tally if len(counts) else tally
     found = counts[1:][counts[1:, 1:].sum(axis=1) > 0]
     dice = 2 * found[:, 0] / found[:, 1:].sum(axis=1)
     return Agreement(
         precision=engine.precision,
-        cases=tuple(images),
+        cases=tuple(seen),
         largest_difference=difference,
         label_agreement=same / voxels,
         least_dice=float(dice.min()) if len(dice) else 1.0,
     )
+
+
+def _tiles(images: Mapping[str, Float32], configuration: Configuration) -> Iterator[tuple[str, Float32]]:
+    for case, image in images.items():
+        for tile in middle_tiles(image, configuration.patch.value):
+            yield case, tile
 
 
 def middle_tiles(image: Float32, patch: tuple[int, ...], most: int = _TILES) -> Iterator[Float32]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
-import psutil
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
+from medseg.core.memory import free_memory
 from medseg.infer.engine import Engine
-from medseg.infer.window import OVERLAP, Tiling, lay
+from medseg.infer.window import Tiling, lay
+from medseg.plan.cost import OVERLAP
 from medseg.plan.plan import Configuration
 
 # Of the memory that is free when a prediction starts, so much is used unless told otherwise.
@@ -20,19 +20,6 @@ _SHARE = 0.8
 _BASE = 200 * 2**20
 # Parts of a slab on the way home, and of a scan on the way in, for each thread (see their _AT_ONCE).
 _BY_THE_WAY = 96 * 2**20
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of the control group that it is in."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit.isdigit():
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError):
-        pass
-    return max(0, int(free))
 
 
 def within(

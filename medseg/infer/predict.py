@@ -21,10 +21,11 @@ from medseg.infer.refine import chosen, keep_only, refined, without_small
 from medseg.infer.scout import scout, scouting
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.trust import Flag, Found, expected_dice, review
-from medseg.infer.window import OVERLAP, QUICK_OVERLAP, Box, Tiling, sweep
+from medseg.infer.window import QUICK_OVERLAP, Box, Tiling, sweep
 from medseg.models.calibration import Calibration
 from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
+from medseg.plan.cost import OVERLAP
 from medseg.plan.plan import Configuration, Plan
 from medseg.preprocess.regrid import home_thick, masked, network_grid, occupied, preprocess
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.infer.engine import Array, Engine
+from medseg.plan.cost import OVERLAP, tile_count
 from medseg.plan.plan import Configuration
 
 Float32 = NDArray[np.float32]
@@ -18,9 +19,8 @@ Box = tuple[slice, slice, slice]
 Corner = tuple[int, int, int]
 # Is told how many tiles more are done with.
 Tell = Callable[[int], None]
-# Neighbouring tiles share this much of their length, and where quickness counts for more. With a quarter
-# Task04 in small tiles loses 0.003 Dice, phantoms up to 0.05 (benchmarks/predict/README.md).
-OVERLAP = 0.5
+# Of `OVERLAP`, where quickness counts for more. With a quarter Task04 in small tiles loses 0.003 Dice,
+# phantoms up to 0.05 (benchmarks/predict/README.md).
 QUICK_OVERLAP = 0.25
 # Small tiles run together, up to so many voxels.
 _VOXELS_AT_ONCE = 2**18
@@ -92,8 +92,7 @@ def tile_starts(size: int, patch: int, overlap: float = OVERLAP, *, loose: bool 
     a voxel of the overlap of odd patches."""
     if size <= patch:
         return [-((patch - size) // 2)]
-    step = max(1.0, patch * (1 - overlap))
-    count = math.ceil((size - patch) / (step if loose else int(step))) + 1
+    count = tile_count(size, patch, overlap, loose=loose)
     return [round(i * (size - patch) / (count - 1)) for i in range(count)]
 
 

@@ -35,8 +35,13 @@ _BUFFERS = {"cpu": 15 * 2**20, "gpu": 0}
 # allocator leaves unused.
 BASE_RAM = {"cpu": 700 * 2**20, "gpu": 2500 * 2**20}
 GPU_OVERHEAD = 900 * 2**20
-# Cases that are predicted whole while training, how often, and after how many steps at the soonest.
-_VALIDATED, _VALIDATIONS, _EVERY = 8, 10, 50
+# Threads that make batches: on a CPU the network needs the cores itself; a GPU waits for nothing that
+# four threads make.
+FEEDERS = {"cpu": 1, "gpu": 4}
+# A batch being made holds so many of its size: what is cut out, where it is moved to, the result.
+_MADE_OF = 2
+# Neighbouring tiles of a prediction share this much of their length.
+OVERLAP = 0.5
 
 
 Kind = Literal["cpu", "gpu"]
@@ -142,6 +147,11 @@ class Cases:
     def voxels(self) -> float:
         return math.prod(self.shape)
 
+    @property
+    def held_out(self) -> int:
+        """How many a fold holds out, where five are dealt."""
+        return max(1, self.count // 5)
+
 
 def disk_bytes(cases: Cases, channels: int, label_voxels: float) -> int:
     """The preprocessed store: float16 images, labels of a byte, and places of the structures' voxels,
@@ -149,28 +159,42 @@ def disk_bytes(cases: Cases, channels: int, label_voxels: float) -> int:
     return int(cases.voxels_in_all * (2 * channels + 1) + 8 * label_voxels)
 
 
-def ram_bytes(cases: Cases, channels: int, classes: int, memory_bytes: int, *, kind: Kind, further: int = 0) -> int:
-    """The whole training process: libraries, validation scans as they are stored, one of them being
-    predicted, and, where there is no GPU that holds it, the network. A second stage has ``further``
-    channels, which are stored as one label map."""
-    scans = _watched(cases) * cases.own_voxels * (2 * channels + 1 + bool(further))
+def feed_bytes(configuration: Configuration, inputs: int, kind: Kind) -> int:
+    """The batches that threads make ahead of the step that wants them: one ready, and one in the making
+    for each thread."""
+    voxels = configuration.batch.value * math.prod(configuration.patch.value)
+    return int((1 + _MADE_OF * FEEDERS[kind]) * voxels * (4 * inputs + 8))
+
+
+def ram_bytes(
+    cases: Cases, channels: int, classes: int, memory_bytes: int, *, kind: Kind, watched: int, further: int = 0
+) -> int:
+    """The whole training process: libraries, ``watched`` scans as they are stored (one at the least, which
+    calibration reads), one of them being predicted, and, where there is no GPU that holds them, network and
+    batches, of ``memory_bytes``. A second stage has ``further`` channels, which are stored as one label map."""
+    scans = max(1, watched) * cases.own_voxels * (2 * channels + 1 + bool(further))
     predicted = cases.voxels * 4 * (channels + further + classes / 2)
     return int(BASE_RAM[kind] + scans + predicted + (memory_bytes if kind == "cpu" else 0))
 
 
-def validation_seconds(configuration: Configuration, cases: Cases, steps: float, seconds_per_step: float) -> float:
-    """All predictions of held-out cases while training so many steps, reckoned from one: of a step a third
-    is the forward pass, and a prediction's tiles overlap by half."""
-    tiles = math.prod(
-        1 + math.ceil(max(0.0, n - p) / (p / 2)) for n, p in zip(cases.shape, configuration.patch.value, strict=True)
-    )
-    tile = seconds_per_step * _FORWARD / configuration.batch.value
-    times = min(_VALIDATIONS, max(1.0, steps / _EVERY)) + 1
-    return times * _watched(cases) * tiles * tile
+def tile_count(size: int, patch: int, overlap: float = OVERLAP, *, loose: bool = False) -> int:
+    """How many tiles cover an axis with at least ``overlap``: see `medseg.infer.window.tile_starts`."""
+    if size <= patch:
+        return 1
+    step = max(1.0, patch * (1 - overlap))
+    return math.ceil((size - patch) / (step if loose else int(step))) + 1
 
 
-def _watched(cases: Cases) -> int:
-    return min(_VALIDATED, max(1, cases.count // 5))
+def prediction_seconds(configuration: Configuration, cases: Cases, seconds_per_step: float) -> float:
+    """One prediction of a typical case, without mirrored copies, by its tiles."""
+    sizes = zip(cases.shape, configuration.patch.value, strict=True)
+    tiles = math.prod(tile_count(round(n), p) for n, p in sizes)
+    return tiles * tile_seconds(configuration, seconds_per_step)
+
+
+def tile_seconds(configuration: Configuration, seconds_per_step: float) -> float:
+    """The forward pass of one tile, by what a step takes."""
+    return seconds_per_step * _FORWARD / configuration.batch.value
 
 
 def require_room(

@@ -22,6 +22,8 @@ Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Three = tuple[Count, Count, Count]
+# Steps of an "epoch", unless a plan says otherwise.
+STEPS_PER_EPOCH = 50
 
 
 def _unless(default: Any) -> Any:
@@ -131,8 +133,8 @@ class Cost(Strict):
     ``memory_bytes``: what the network, its average, the optimiser and all that a step keeps hold on
     the device. ``ram_bytes``: the whole process, which on a processor holds those too.
     ``disk_bytes``: the preprocessed cases. ``seconds_per_step`` and ``hours`` (in all, with start,
-    validation and calibration). ``measured_on`` and ``threads``: where a step was timed; None where
-    none was, and the figures are reckoned.
+    validation, calibration and the comparison of engines). ``measured_on`` and ``threads``: where a step was
+    timed; None where none was, and the figures are reckoned.
     """
 
     seconds_per_step: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -144,13 +146,23 @@ class Cost(Strict):
     threads: Count | None = None
 
 
+class Watching(Strict):
+    """How a run looks at what it learns: ``times``, evenly spread and the last at its end, it predicts so
+    many held-out ``cases``; with 0 of either it shows its loss only. Once trained it is calibrated on
+    ``calibrated`` of them, with 0 not at all. Where there are fewer, on those that there are."""
+
+    times: Annotated[int, Field(ge=0, le=1000)] = 10
+    cases: Annotated[int, Field(ge=0, le=1000)] = 8
+    calibrated: Annotated[int, Field(ge=0, le=1000)] = 50
+
+
 class Configuration(Strict):
     """One way to train on the task: ``spacing`` in mm and ``patch`` in voxels along x, y, z, and how
     many ``steps`` training takes: of each of its ``members``, networks that differ by how they begin and
-    what they see when, one unless said; their mean is the model. In 2D the patch is one voxel thick along
-    ``slice_axis``. Imported models have no steps: they are not trained here. ``previous`` names the stage
-    whose labels, one channel each, are added to the scan's channels; of a plan to train by it is another
-    configuration.
+    what they see when, one unless said; their mean is the model. ``watching`` is as `Watching` has it
+    by itself where a plan does not say. In 2D the patch is one voxel thick along ``slice_axis``. Imported
+    models have no steps: they are not trained here. ``previous`` names the stage whose labels, one
+    channel each, are added to the scan's channels; of a plan to train by it is another configuration.
 
     How imported models differ: ``orientation`` "stored" takes the axes as the file has them, whatever
     way they run, and spacing and patch are along those. ``grid`` "shape" rounds the number of voxels
@@ -167,6 +179,7 @@ class Configuration(Strict):
     network: Decision[Network]
     steps: Decision[Steps] | None = _unless(None)
     members: Decision[Annotated[int, Field(ge=1, le=32)]] | None = _unless(None)
+    watching: Decision[Watching] | None = _unless(None)
     cost: Cost | None = _unless(None)
     orientation: Literal["ras", "stored"] = _unless("ras")
     grid: Literal["spacing", "shape"] = _unless("spacing")
@@ -247,7 +260,7 @@ class Training(Strict):
     weight_decay: Decision[Annotated[float, Field(ge=0, lt=1)]]
     foreground_share: Decision[Share]
     augmentation: Decision[Augmentation]
-    steps_per_epoch: Count = 50
+    steps_per_epoch: Count = STEPS_PER_EPOCH
     class_share: Share = _unless(0.5)
     loss: Literal["dice-cross-entropy", "dice", "cross-entropy", "dice-focal", "tversky", "dice-boundary"] = _unless(
         "dice-cross-entropy"
@@ -398,7 +411,7 @@ def _from_format_1(value: Any) -> Any:
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         training, value["format"] = value["training"], 2
         epochs = training.pop("epochs")["value"]
-        steps = {"value": epochs * training.get("steps_per_epoch", 50), "reason": f"{epochs} epochs"}
+        steps = {"value": epochs * training.get("steps_per_epoch", STEPS_PER_EPOCH), "reason": f"{epochs} epochs"}
         for configuration in value["configurations"].values():
             if configuration.get("grid", "spacing") == "spacing":
                 configuration["steps"] = steps

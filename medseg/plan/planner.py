@@ -13,7 +13,7 @@ from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
 from medseg.plan.cost import Meter
 from medseg.plan.fingerprint import Fingerprint
-from medseg.plan.mirror import mirrored
+from medseg.plan.mirror import Axes, mirrored
 from medseg.plan.plan import (
     Augmentation,
     Configuration,
@@ -84,7 +84,8 @@ def plan(
     may_lack = _optional(optional_channels, channels)
     if unknown := set(target.budgets) - {"", *_NAMES}:
         raise InputError(f"a budget is given for {sorted(unknown)[0]!r}", f"Configurations are {', '.join(_NAMES)}")
-    chooser = Chooser(measured, len(labels) + 1, target, meter)
+    mirroring = mirrored(measured, labels)
+    chooser = Chooser(measured, len(labels) + 1, target, meter, copies=2 ** len(mirroring[0]))
     volumes, size = chooser.choose("3d", lambda size: _volumes(measured, size))
     slices, _ = chooser.choose("2d", lambda size: _slices(measured, size))
     configurations = {"3d": volumes, "2d": slices}
@@ -105,7 +106,7 @@ def plan(
         optional_channels=may_lack,
         normalisation=_normalisation(measured),
         configurations=configurations,
-        training=_training(measured, labels, volumes.steps.value if volumes.steps else _LONG),
+        training=_training(mirroring, volumes.steps.value if volumes.steps else _LONG),
         fingerprint=measured.digest(),
     )
 
@@ -315,8 +316,8 @@ def _network(kernels: list[Three], strides: list[Three], coarsest: str, limits: 
     )
 
 
-def _training(measured: Fingerprint, labels: LabelSet, steps: int) -> Training:
-    axes, why = mirrored(measured, labels)
+def _training(mirroring: tuple[Axes, str], steps: int) -> Training:
+    axes, why = mirroring
     long = steps >= _LONG
     settings = Augmentation(mirror=axes) if long else Augmentation(mirror=axes, **_SLIGHT)
     how = (

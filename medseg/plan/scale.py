@@ -13,7 +13,8 @@ from medseg.core.errors import InputError
 from medseg.plan import cost
 from medseg.plan.cost import Cases, Estimate, Kind, Meter, Step, gib
 from medseg.plan.fingerprint import Fingerprint
-from medseg.plan.plan import Configuration, Cost, Decision, Three
+from medseg.plan.plan import STEPS_PER_EPOCH, Configuration, Cost, Decision, Three, Watching
+from medseg.plan.watch import Pace
 
 # A batch grows only once the patch holds the whole case, while it is less than this share of all voxels
 # (as in nnU-Net) and so many steps fit.
@@ -27,11 +28,9 @@ _MOST_STEPS = 250_000
 USUAL_MEMORY = 8 * 2**30
 # Multiplications a second where nothing was measured: two cores with AVX2; a GPU of the last years.
 _SPEED = {"cpu": 4e10, "gpu": 1.5e13}
-# Of a budget: for start and end, so many seconds; for calibration and what else, such a share; never
-# more than this of all.
+_CORES = 2
+# To start and to end. A budget is twice that at the least.
 _START_SECONDS = {"cpu": 5.0, "gpu": 15.0}
-_ELSE_SHARE = 0.08
-_MOST_ASIDE = 0.5
 # Voxels of each structure whose places `medseg preprocess` keeps.
 _PLACES = 20_000
 
@@ -87,19 +86,63 @@ class Target:
         return self.budgets.get(name, self.budgets.get(""))
 
 
-@dataclass(frozen=True)
+def require_time(kind: Kind, name: str, budget: float, times: float = 1.0) -> None:
+    """InputError for a budget of a configuration ("" for all) of which hardly anything is left for steps.
+    ``times``: a run takes so many times the one that the budget is for."""
+    least = 2 * _START_SECONDS[kind]
+    if budget < least:
+        raise InputError(
+            f"a budget of {times * budget:g} s{f' for {name}' if name else ''} is no time to train: to start and to "
+            f"end takes {_START_SECONDS[kind]:g} s",
+            f"Allow {times * least:g} s at the least",
+        )
+
+
+# Compared and hashed by identity.
+@dataclass(frozen=True, eq=False)
 class _Candidate:
     configuration: Configuration
     size: Size
     estimate: Estimate
 
 
-class Chooser:
-    """Chooses each configuration's size by memory and time."""
+@dataclass
+class _Known:
+    """What was measured, by candidate; what it takes corrects what is reckoned of the others by the one
+    that was measured ``last``."""
 
-    def __init__(self, measured: Fingerprint, classes: int, target: Target, meter: Meter | None) -> None:
+    kind: Kind
+    steps: dict[_Candidate, Step] = field(default_factory=dict)
+    last: _Candidate | None = None
+
+    def note(self, candidate: _Candidate, step: Step) -> None:
+        self.steps[candidate], self.last = step, candidate
+
+    def memory(self, candidate: _Candidate) -> int:
+        """Bytes that a step takes."""
+        if candidate in self.steps:
+            return self.steps[candidate].memory_bytes
+        scale = self.steps[self.last].memory_bytes / self.last.estimate.memory_bytes if self.last else 1.0
+        return int(scale * candidate.estimate.memory_bytes)
+
+    def seconds(self, candidate: _Candidate) -> float:
+        """Of one step within a run."""
+        by = candidate if candidate in self.steps else self.last
+        speed = by.estimate.work / self.steps[by].seconds if by else _SPEED[self.kind]
+        return cost.FEEDING[self.kind] * candidate.estimate.work / speed
+
+
+class Chooser:
+    """Chooses each configuration's size by memory and time. A model averages so many mirrored ``copies``
+    of what it predicts."""
+
+    def __init__(
+        self, measured: Fingerprint, classes: int, target: Target, meter: Meter | None, copies: int = 1
+    ) -> None:
         self.measured, self.classes, self.target, self.meter = measured, classes, target, meter
-        self.channels = len(measured.intensities)
+        self.channels, self.copies = len(measured.intensities), copies
+        # Of each configuration that was chosen, the seconds of a prediction.
+        self._whole: dict[str, float] = {}
 
     def _further(self, configuration: Configuration) -> int:
         """Channels besides the scan's: the labels of the stage before, where there is one."""
@@ -116,54 +159,54 @@ class Chooser:
         One of the middle is measured first; what it takes corrects what is reckoned of the others. The
         one chosen is measured too, and where that shows it to be too large, the next smaller one.
         """
-        budget = self.target.budget(name)
+        budget, known = self.target.budget(name), _Known(self.target.kind)
+        if budget is not None:
+            require_time(self.target.kind, name, budget)
         rungs = self._rungs(make, sizes)
         usual = SIZES[_USUAL_SIZE[self.target.kind]]
-        fitting = [r for r in rungs if self._fits(r, r.estimate.memory_bytes)]
+        fitting = [r for r in rungs if self._fits(r, known)]
         if not fitting:
-            self._refuse(rungs[0])
+            self._refuse(rungs[0], known)
         if budget is None and self.target.kind == "cpu":
             fitting = [r for r in fitting if r.size.voxels <= usual.voxels] or fitting[:1]
-        first = max((r for r in fitting if r.size.voxels <= usual.voxels), key=_by_work, default=fitting[0])
-        step = self._measure(first) if self.meter else None
-        while self.meter and step is None and first is not fitting[0]:
-            fitting = fitting[: fitting.index(first)]
-            first, step = fitting[-1], self._measure(fitting[-1])
-        if self.meter and step is None:
-            raise InputError(
-                f"memory runs out on this machine even with patches of {_by(first.configuration)} voxels",
-                "Free some, or plan for another machine",
-            )
-        known = {id(first): step} if step else {}
-        while True:
-            chosen = self._largest(name, fitting, first, step)
-            if step is None or id(chosen) in known:
-                break
-            found = self._measure(chosen)
-            if found is None or not self._fits(chosen, found.memory_bytes):
+        smallest = fitting[0]
+        chosen = max((r for r in fitting if r.size.voxels <= usual.voxels), key=_by_work, default=smallest)
+        while self.meter and chosen not in known.steps:
+            step = self._measure(chosen)
+            if step is not None:
+                known.note(chosen, step)
+            elif chosen is not smallest:
                 fitting = fitting[: fitting.index(chosen)]
-                continue
-            first, step = chosen, found
-            known[id(chosen)] = found
-        return self._finished(name, chosen, known.get(id(chosen))), chosen.size
+            else:
+                raise InputError(
+                    f"memory runs out on this machine even with patches of {_by(chosen.configuration)} voxels",
+                    "Free some, or plan for another machine",
+                )
+            # What none has been measured of yet is tried from large to small.
+            chosen = self._largest(budget, fitting, known) if known.steps else fitting[-1]
+        if not self.meter:
+            chosen = self._largest(budget, fitting, known)
+        return self._finished(name, chosen, known), chosen.size
 
     def _rungs(self, make: Callable[[Size], Configuration], sizes: Sequence[Size]) -> list[_Candidate]:
-        """Different candidates from small to large; larger batches follow the largest patch."""
+        """Different candidates from small to large; larger batches follow the largest patch, where as many
+        of their steps fit as that patch is worth."""
         rungs: list[_Candidate] = []
         for size in sizes:
             made = make(size)
-            if not rungs or rungs[-1].configuration != made:
+            if not rungs or _decided(rungs[-1].configuration) != _decided(made):
                 rungs.append(self._candidate(made, size))
         last = rungs[-1]
         typical = self.measured.typical_shape(last.configuration.spacing.value)
         if last.configuration.dimensions == 3 and (np.array(last.configuration.patch.value) >= typical).all():
             in_all = float(np.prod(typical)) * len(self.measured.cases)
+            least = max(_BATCH_STEPS, last.size.least_steps)
             for batch in _BATCHES:
                 if batch * np.prod(last.configuration.patch.value) > _BATCH_SHARE * in_all:
                     break
                 reason = "the patch holds a whole case, so that more memory and time go to the batch"
                 more = last.configuration.model_copy(update={"batch": Decision[int](value=batch, reason=reason)})
-                rungs.append(self._candidate(more, replace(last.size, least_steps=_BATCH_STEPS)))
+                rungs.append(self._candidate(more, replace(last.size, least_steps=least)))
         return rungs
 
     def _candidate(self, made: Configuration, size: Size) -> _Candidate:
@@ -176,90 +219,110 @@ class Chooser:
         x, y, z = self.measured.typical_shape(configuration.spacing.value)
         return Cases(len(voxels), own, (float(x), float(y), float(z)), float(voxels.sum()))
 
-    def _ram(self, candidate: _Candidate, memory: int) -> int:
-        cases, further = self._cases(candidate.configuration), self._further(candidate.configuration)
-        return cost.ram_bytes(cases, self.channels, self.classes, memory, kind=self.target.kind, further=further)
+    def _ram(self, candidate: _Candidate, known: _Known, watched: int | None = None) -> int:
+        """Bytes of the whole process, which keeps so many cases to be watched."""
+        made, kind = candidate.configuration, self.target.kind
+        cases = self._cases(made)
+        return cost.ram_bytes(
+            cases,
+            self.channels,
+            self.classes,
+            known.memory(candidate) + self._feed(made),
+            kind=kind,
+            watched=min(Watching().cases if watched is None else watched, cases.held_out),
+            further=self._further(made),
+        )
 
-    def _fits(self, candidate: _Candidate, memory: int) -> bool:
+    def _feed(self, made: Configuration) -> int:
+        return cost.feed_bytes(made, self._inputs(made), self.target.kind)
+
+    def _need(self, candidate: _Candidate, known: _Known) -> int:
+        """Bytes of what the target bounds: of the GPU, or of the process."""
         if self.target.kind == "gpu":
-            return memory + cost.GPU_OVERHEAD <= self.target.memory
-        return self._ram(candidate, memory) <= self.target.memory
+            return known.memory(candidate) + self._feed(candidate.configuration) + cost.GPU_OVERHEAD
+        return self._ram(candidate, known)
 
-    def _refuse(self, smallest: _Candidate) -> NoReturn:
-        memory = smallest.estimate.memory_bytes
-        need = memory + cost.GPU_OVERHEAD if self.target.kind == "gpu" else self._ram(smallest, memory)
+    def _fits(self, candidate: _Candidate, known: _Known) -> bool:
+        return self._need(candidate, known) <= self.target.memory
+
+    def _refuse(self, smallest: _Candidate, known: _Known) -> NoReturn:
         option = "--gpu-memory" if self.target.kind == "gpu" else "--memory"
         raise InputError(
-            f"even the smallest plan, patches of {_by(smallest.configuration)} voxels, takes {gib(need)} to train, and "
-            f"{gib(self.target.memory)} are allowed",
+            f"even the smallest plan, patches of {_by(smallest.configuration)} voxels, takes "
+            f"{gib(self._need(smallest, known))} to train, and {gib(self.target.memory)} are allowed",
             f"Allow more with {option}, or crop the scans",
         )
 
     def _measure(self, candidate: _Candidate) -> Step | None:
         """None where the machine has not the memory."""
-        if self.meter is None:
-            return None
+        assert self.meter is not None  # noqa: S101 - only asked where there is one
         try:
             return self.meter(candidate.configuration, self._inputs(candidate.configuration), self.classes)
         except cost.DoesNotFitError:
             return None
 
-    def _largest(self, name: str, fitting: list[_Candidate], first: _Candidate, step: Step | None) -> _Candidate:
-        """The largest of which enough steps fit, by what was measured of the ``first``."""
-        scale = step.memory_bytes / first.estimate.memory_bytes if step else 1.0
-        budget = self.target.budget(name)
+    def _largest(self, budget: float | None, fitting: list[_Candidate], known: _Known) -> _Candidate:
+        """The largest whose memory fits and of which enough steps do, by what is known."""
         best = None
         for candidate in fitting:
-            seconds = self._seconds(candidate, first, step)
-            steps = self._steps(candidate, budget, seconds)
-            room = self._fits(candidate, int(scale * candidate.estimate.memory_bytes))
-            if room and (best is None or steps >= candidate.size.least_steps):
+            if not self._fits(candidate, known):
+                continue
+            if best is None or self._length(candidate, budget, known)[0] >= candidate.size.least_steps:
                 best = candidate
-        return best or self._refuse(fitting[0])
+        if best is None and self.meter and fitting[0] not in known.steps:
+            return fitting[0]  # what others take says no more than that it may not fit
+        return best or self._refuse(fitting[0], known)
 
-    def _seconds(self, candidate: _Candidate, first: _Candidate, step: Step | None) -> float:
-        """Of one step within a run."""
-        speed = first.estimate.work / step.seconds if step else _SPEED[self.target.kind]
-        return cost.FEEDING[self.target.kind] * candidate.estimate.work / speed
-
-    def _aside(self, candidate: _Candidate, budget: float, seconds: float) -> float:
-        """Seconds of a budget that do not go to steps: start, validation, calibration."""
-        watching = cost.validation_seconds(
-            candidate.configuration, self._cases(candidate.configuration), budget / seconds, seconds
-        )
-        aside = _START_SECONDS[self.target.kind] + watching + _ELSE_SHARE * budget
-        return min(aside, _MOST_ASIDE * budget)
-
-    def _steps(self, candidate: _Candidate, budget: float | None, seconds: float) -> int:
-        if budget is None:
-            return self.target.steps or _USUAL_STEPS[self.target.kind]
-        fit = (budget - self._aside(candidate, budget, seconds)) / seconds
-        return max(1, min(int(fit), _MOST_STEPS))
-
-    def _finished(self, name: str, chosen: _Candidate, step: Step | None) -> Configuration:
-        """With its length and cost, and what they stand on said."""
-        budget, made = self.target.budget(name), chosen.configuration
-        seconds = self._seconds(chosen, chosen, step)
-        steps = self._steps(chosen, budget, seconds)
-        memory = step.memory_bytes if step else chosen.estimate.memory_bytes
+    def _pace(self, candidate: _Candidate, known: _Known) -> Pace:
+        made, step = candidate.configuration, known.seconds(candidate)
         cases = self._cases(made)
-        watching = cost.validation_seconds(made, cases, steps, seconds)
-        rest = _START_SECONDS[self.target.kind] + watching + _ELSE_SHARE * steps * seconds
-        hours = (steps * seconds + rest) / 3600
+        validation = cost.prediction_seconds(made, cases, step)
+        # Engines are compared on the processor, with as many cores as a step was measured on.
+        threads = known.steps[known.last].threads if known.last else None
+        ratio = _SPEED["gpu"] / _SPEED["cpu"] * _CORES / (threads or _CORES) if self.target.kind == "gpu" else 1.0
+        return Pace(
+            start=_START_SECONDS[self.target.kind],
+            step=step,
+            validation=validation,
+            whole=self.copies * validation + self._whole.get(made.previous or "", 0.0),
+            tile=ratio * cost.tile_seconds(made, step),
+            held_out=cases.held_out,
+            every=STEPS_PER_EPOCH,
+        )
+
+    def _length(
+        self, candidate: _Candidate, budget: float | None, known: _Known
+    ) -> tuple[int, Decision[Watching] | None]:
+        """Steps, and where there is a budget how the run is watched."""
+        if budget is None:
+            return self.target.steps or _USUAL_STEPS[self.target.kind], None
+        pace = self._pace(candidate, known)
+        watching = pace.watching(budget)
+        return min(pace.steps(budget, watching.value), _MOST_STEPS), watching
+
+    def _finished(self, name: str, chosen: _Candidate, known: _Known) -> Configuration:
+        """With its length and cost, and what they stand on said."""
+        budget, made, step = self.target.budget(name), chosen.configuration, known.steps.get(chosen)
+        steps, watching = self._length(chosen, budget, known)
+        pace = self._pace(chosen, known)
+        self._whole[name] = pace.whole
+        aside = pace.aside(steps, watching.value if watching else None)
+        cases = self._cases(made)
         costs = Cost(
-            seconds_per_step=float(f"{seconds:.4g}"),
-            memory_bytes=memory,
-            ram_bytes=self._ram(chosen, memory),
+            seconds_per_step=float(f"{pace.step:.4g}"),
+            memory_bytes=known.memory(chosen),
+            ram_bytes=self._ram(chosen, known, watching.value.cases if watching else None),
             disk_bytes=cost.disk_bytes(cases, self._inputs(made), self._label_voxels(made)),
-            hours=float(f"{hours:.3g}"),
+            hours=float(f"{(steps * pace.step + aside) / 3600:.3g}"),
             measured_on=step.measured_on if step else None,
             threads=step.threads if step else None,
         )
         patch = Decision[Three](
-            value=made.patch.value, reason=f"{made.patch.reason}; {self._room(chosen, step, memory)}"
+            value=made.patch.value, reason=f"{made.patch.reason}; {self._room(chosen, step, costs.memory_bytes)}"
         )
-        length = Decision[int](value=steps, reason=self._length(chosen, budget, seconds, steps, step))
-        return made.model_copy(update={"patch": patch, "steps": length, "cost": costs})
+        of = f"a step of {pace.step:.3g} s, {'as measured' if step else 'as reckoned, not measured'}"
+        length = Decision[int](value=steps, reason=f"{self._why(chosen, budget, steps, aside)}, with {of}")
+        return made.model_copy(update={"patch": patch, "steps": length, "watching": watching, "cost": costs})
 
     def _room(self, chosen: _Candidate, step: Step | None, memory: int) -> str:
         allowed = f"of the {gib(self.target.memory)} that the {self.target.kind} may give"
@@ -267,17 +330,14 @@ class Chooser:
             return f"training takes about {gib(memory)} {allowed}, reckoned, not measured"
         return f"training takes {gib(memory)} {allowed} (measured; {gib(chosen.estimate.memory_bytes)} reckoned)"
 
-    def _length(self, chosen: _Candidate, budget: float | None, seconds: float, steps: int, step: Step | None) -> str:
-        of = f"a step of {seconds:.3g} s, {'as measured' if step else 'as reckoned, not measured'}"
+    def _why(self, chosen: _Candidate, budget: float | None, steps: int, aside: float) -> str:
         if budget is None:
-            usual = "the usual length, which --budget or --steps change"
-            return f"{'as asked for' if self.target.steps else usual}, with {of}"
+            return "as asked for" if self.target.steps else "the usual length, which --budget or --steps change"
         if steps == _MOST_STEPS:
-            return f"as many as teach anything; the budget of {budget:g} s holds more, with {of}"
-        aside = self._aside(chosen, budget, seconds)
+            return f"as many as teach anything; the budget of {budget:g} s holds more"
         return (
-            f"what fits {budget:g} s less {aside:.3g} s for start, validation and calibration, with {of}; this size is "
-            f"taken where {chosen.size.least_steps} steps fit"
+            f"what fits {budget:g} s less {aside:.3g} s for start, validation, calibration and the comparison of "
+            f"engines, this size being taken where {chosen.size.least_steps} steps fit"
         )
 
     def _label_voxels(self, configuration: Configuration) -> float:
@@ -288,6 +348,11 @@ class Chooser:
 
 def _by(configuration: Configuration) -> str:
     return "x".join(map(str, configuration.patch.value))
+
+
+def _decided(configuration: Configuration) -> tuple[object, ...]:
+    """What tells candidates apart, whatever their reasons."""
+    return configuration.patch.value, configuration.batch.value, configuration.network.value
 
 
 def _by_work(candidate: _Candidate) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from medseg.core.errors import InputError
 from medseg.plan.cost import estimate
 from medseg.plan.plan import Configuration, Decision, Plan
-from medseg.plan.scale import Target
+from medseg.plan.scale import Target, require_time
 
 # Pretraining in steps of the training; the most that a mean teacher's word weighs.
 _PRETRAINING, _CONSISTENCY = 1.0, 5.0
@@ -35,7 +35,10 @@ class Unlabelled:
         return self._step + (_PRETRAINING if self.pretrain else 0.0)
 
     def leaves(self, target: Target) -> Target:
-        """What is left of a target for plain steps: time, and beside a teacher half of the memory."""
+        """What is left of a target for plain steps: time, and beside a teacher half of the memory. InputError
+        where so little time is left that hardly a step fits it."""
+        for name, seconds in target.budgets.items():
+            require_time(target.kind, name, seconds / self._run, self._run)
         budgets = {name: seconds / self._run for name, seconds in target.budgets.items()}
         return replace(target, budgets=budgets, memory=target.memory // (2 if self.teacher else 1))
 

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg.core.errors import InputError
-from medseg.infer.budget import free_memory
+from medseg.core.memory import free_memory
+from medseg.infer.engine import torch_precision
 from medseg.io.store import StoredCase
+from medseg.plan.cost import FEEDERS, Kind, estimate, feed_bytes
 from medseg.plan.plan import Configuration, Plan
 from medseg.train.augment import Variation, change, draw, mistaken, move, reach
 from medseg.train.loss import IGNORED
@@ -24,11 +26,9 @@ from medseg.train.ranks import ALONE, Ranks
 from medseg.train.sample import Place, draw_case, draw_place, holders
 
 T = TypeVar("T")
-# Of the memory that is free when a run starts, so much may hold cases: on a GPU the network, which is
-# not there yet, needs the most.
-_RAM_SHARE, _GPU_SHARE = 0.5, 0.25
-# On a CPU the network needs the cores itself; a GPU waits for nothing that four threads make.
-_THREADS = {"cpu": 1, "cuda": 4}
+# Of the memory that training will leave free so much may hold cases; the rest is for predictions of held-out
+# cases, and for what is reckoned amiss.
+_SHARE = 0.5
 # How long closing waits for threads that a disk holds up.
 _PATIENCE = 5.0
 _UNKNOWN = -2
@@ -39,8 +39,8 @@ class Batches:
     """The batch of each step: called with its number, from any thread, in any order.
 
     A batch depends on the seed and the step alone; each of several ``ranks`` makes its share of it.
-    Cases are kept on the device once they are read where all of them fit there, else in memory, else
-    read in part each time; they may take a share ``room`` of what a run's cases may. Of unlabelled cases
+    Cases are kept on the device once they are read where all of them fit into half of what training leaves
+    free there, else in memory, else read in part each time; they may take a share ``room`` of that. Of unlabelled cases
     every voxel's class is `IGNORED`. Of a second stage the last channels are what the first found: they
     are moved with the classes, and given mistakes where the others' intensities are changed.
     """
@@ -63,8 +63,11 @@ class Batches:
         self._as_they_are = np.array_equal(self._class_of[:-1], np.arange(len(self._class_of) - 1))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         size = sum(case.image.nbytes + 2 * math.prod(case.shape) for case in cases)
-        self._on_device = device.type == "cuda" and size <= room * _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
-        self._keep = self._on_device or size <= room * _RAM_SHARE * free_memory()
+        takes = _training_bytes(plan, configuration, len(self.share), device)
+        on_gpu, in_ram = takes if device.type == "cuda" else 0, takes if device.type == "cpu" else 0
+        left = torch.cuda.mem_get_info(device)[0] - on_gpu if device.type == "cuda" else 0
+        self._on_device = size <= room * _SHARE * left
+        self._keep = self._on_device or size <= room * _SHARE * (free_memory() - in_ram)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (B, C, *patch) float32 and classes (B, *patch) int64, `IGNORED` where the plan ignores
@@ -172,6 +175,20 @@ class Batches:
         return torch.from_numpy(image), torch.from_numpy(classes)
 
 
+def _training_bytes(plan: Plan, configuration: Configuration, batch: int, device: torch.device) -> int:
+    """What steps of so many patches, and the batches made ahead of them, will take of a device that holds
+    nothing yet; beside a teacher there are twice as many."""
+    patches = configuration.batch.model_copy(update={"value": batch * (2 if plan.training.consistency else 1)})
+    own, kind, inputs = configuration.model_copy(update={"batch": patches}), _kind(device), plan.inputs(configuration)
+    half = torch_precision(device) != "f32"
+    step = estimate(own, inputs, plan.outputs, kind=kind, half=half).memory_bytes
+    return step + feed_bytes(own, inputs, kind)
+
+
+def _kind(device: torch.device) -> Kind:
+    return "gpu" if device.type == "cuda" else "cpu"
+
+
 def _classes(plan: Plan) -> NDArray[np.int16]:
     """The class of each label number; the last entry stands for all larger ones, unknown like some smaller."""
     numbers = [0, *plan.label_set.numbers]
@@ -197,8 +214,7 @@ class Feed(Generic[T]):
     def __init__(
         self, make: Callable[[int], T], first: int = 0, *, threads: int | None = None, ahead: int | None = None
     ) -> None:
-        device = getattr(make, "device", None)
-        threads = threads or _THREADS.get(device.type if device is not None else "cpu", 1)
+        threads = threads or FEEDERS[_kind(getattr(make, "device", torch.device("cpu")))]
         self._make, self._next, self._ahead, self._closed = make, first, ahead or threads + 1, False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
         self._upcoming: deque[Future[T]] = deque()

@@ -19,16 +19,14 @@ from medseg.infer.trust import Outcome, Sample, calibrate, expected_dice, fit_te
 from medseg.infer.window import Box
 from medseg.models.calibration import Calibration
 from medseg.models.package import ModelPackage
+from medseg.plan.watch import SAMPLED
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Loader = Callable[[str], tuple[Volume, LabelMap]]
 
-# More cases than this teach little more.
-_MOST_CASES = 50
-_FEWEST_CASES = 3
-# The temperature is one number, and stands on so many of them.
-_SAMPLED_CASES = 16
+# More cases than this teach little more; where time runs out, three must do.
+_MOST_CASES, _FEWEST_CASES = 50, 3
 _SAMPLED_VOXELS = 8_000
 # Logarithms are taken of probabilities no smaller.
 _LEAST = 1e-30
@@ -37,22 +35,28 @@ _NEAR, _SURE = 3, 0.99
 
 
 def calibration_of(
-    package: ModelPackage, load: Loader, *, device: str = "auto", seconds: float = float("inf")
+    package: ModelPackage,
+    load: Loader,
+    *,
+    device: str = "auto",
+    seconds: float = float("inf"),
+    most: int = _MOST_CASES,
 ) -> Calibration | None:
     """Predict the package's held-out cases, and compare what the model says of itself with the truth.
 
-    ``load`` gives a case by its id. Cases are taken evenly from the list, 50 at most, and fewer (but
-    three) where ``seconds`` run out. None where there is no held-out case, and where the model finds
-    nothing in any: there is then nothing to learn from.
+    ``load`` gives a case by its id. Cases are taken evenly from the list, as many as ``most``, and fewer
+    (but three) where ``seconds`` run out. The temperature, one number, stands on voxels of 16 of them;
+    so two or three cases are predicted twice. None where there is no held-out case, or none is wanted,
+    and where the model finds nothing in any: there is then nothing to learn from.
     """
-    cases = _evenly(package.held_out, _MOST_CASES)
+    cases = evenly(package.held_out, most)
     if not cases:
         return None
     started = time.perf_counter()
     predictor = Predictor(package, f"torch-{pick_device(device).type}")
     samples: list[Sample] = []
     before: dict[str, Float64] = {}
-    for case in _evenly(cases, _SAMPLED_CASES):
+    for case in evenly(cases, SAMPLED):
         sample, before[case] = _sample(predictor, *load(case))
         samples.append(sample)
         if len(samples) >= _FEWEST_CASES and time.perf_counter() - started > seconds / 3:
@@ -73,8 +77,9 @@ def calibration_of(
     return calibrate(samples, outcomes, package.plan.label_set, temperature)
 
 
-def _evenly(cases: Sequence[str], most: int) -> tuple[str, ...]:
-    return tuple(cases[:: -(-len(cases) // most)]) if cases else ()
+def evenly(cases: Sequence[str], most: int) -> tuple[str, ...]:
+    """Some of the cases, as many as ``most`` at the most, spread over the list."""
+    return tuple(cases[:: -(-len(cases) // most)]) if cases and most else ()
 
 
 def _halving(cases: Sequence[str]) -> tuple[str, ...]:

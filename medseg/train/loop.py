@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from medseg.core.errors import InputError, MedsegError
+from medseg.core.memory import free_memory
 from medseg.core.provenance import digest, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
 from medseg.evaluate.score import ignoring
-from medseg.infer.budget import free_memory
 from medseg.infer.engine import TorchEngine, pick_device, torch_precision
 from medseg.infer.predict import require_memory, segment
 from medseg.io.runlog import RunLog
@@ -29,6 +29,8 @@ from medseg.models.build import build
 from medseg.models.package import ModelPackage, learnt_from
 from medseg.plan.cost import estimate, gib, require_room
 from medseg.plan.plan import Configuration, Plan, Training
+from medseg.plan.watch import due as validation_due
+from medseg.plan.watch import watching_of
 from medseg.train.batches import Batches, Feed
 from medseg.train.loss import loss_of, supervised
 from medseg.train.picture import Rgb, picture, side_by_side
@@ -36,7 +38,7 @@ from medseg.train.ranks import ALONE, Ranks
 from medseg.train.teacher import TaughtBatches, answered, beside
 
 _CHECKPOINT_SECONDS = 60.0
-_VALIDATIONS, _PICTURED = 10, 4
+_PICTURED = 4
 # Of the memory that is free beside a training, a validation may take so much.
 _VALIDATION_SHARE = 0.8
 # Into so many parts a run is divided by the checkpoints that it may go back to.
@@ -152,11 +154,12 @@ def train(
     from the checkpoint there, if any. The same plan, seed, kind of machine and number of threads give
     the same weights, bit for bit, however often the run was stopped or killed; on a GPU only where
     ``setup.deterministic`` asks for it, at the price of some speed. ``validation`` cases are
-    predicted now and then, by the same function that `predict` uses. ``stop`` is asked after every
-    step, on a GPU after up to 16 of them. With several ``ranks`` each takes its share of every batch.
-    ``start`` is a model whose weights to begin with, as far as they are `fitting`; whether it has seen a
-    case that is held out is for the caller to know. A plan that has a mean teacher needs ``unlabelled``
-    cases. A second stage needs what comes ``before`` it, which goes into its package.
+    predicted as often as the plan says, by the same function that `predict` uses; without any, the log
+    holds the loss only. ``stop`` is asked after every step, on a GPU after up to 16 of them. With several
+    ``ranks`` each takes its share of every batch. ``start`` is a model whose weights to begin with, as far
+    as they are `fitting`; whether it has seen a case that is held out is for the caller to know. A plan
+    that has a mean teacher needs ``unlabelled`` cases. A second stage needs what comes ``before`` it, which
+    goes into its package.
 
     A loss that is no number brings the run back to where the last tenth of it began (the clock, and where
     it was stopped, decide nothing), to go on at half the learning rate, once. Raises MedsegError where
@@ -309,6 +312,7 @@ def run(
     plan, configuration, identity = course.plan, course.configuration, course.identity
     assert configuration.steps is not None  # noqa: S101 - `prepare` has seen to it
     steps, every = configuration.steps.value, plan.training.steps_per_epoch
+    times = watching_of(configuration).times
     log = log.of(digest(identity)[:12])
     with log.alone(ranks.first):
         fresh = partial(Learner.fresh, course, setup.seed, device, ranks, start)
@@ -339,7 +343,7 @@ def run(
                         "learning_rate": learner.rate,
                     }
                     learner.recent = []
-                    validated = course.check is not None and (ended or _due(learner.step, steps, every))
+                    validated = course.check is not None and validation_due(learner.step, steps, every, times)
                     if validated and course.check and ranks.first:
                         scores, image = course.check(learner.average)
                         record |= scores
@@ -645,12 +649,6 @@ def validate(
     means = {name: float(np.mean(values)) for name, values in scores.items() if values}
     overall = float(np.mean(list(means.values()))) if means else 0.0
     return {"dice": overall, "dice_by_label": means}, side_by_side(pictures)
-
-
-def _due(step: int, steps: int, every: int) -> bool:
-    """Whether one of some ten validations, evenly spread, falls on this epoch's end."""
-    epochs = max(1, steps // every)
-    return (step // every) % max(1, epochs // _VALIDATIONS) == 0
 
 
 def _parted(step: int, steps: int, every: int) -> bool:

@@ -268,7 +268,7 @@ def test_a_plan_that_inherits_is_preprocessed_and_trained(made: Any, medseg: Any
 def test_planning_again_keeps_folds_and_puts_an_edited_plan_aside(made: Any, medseg: Any, tmp_path: Path) -> None:
     mine = made.copy(tmp_path)
     edited, folds = read_plan(mine.run / "plan.json"), (mine.run / "folds.json").read_bytes()
-    outcome = medseg("plan", mine.task, "-o", mine.run, "--folds", 2, "--machine", "cpu", "--no-measure")
+    outcome = medseg("plan", mine.task, "-o", mine.run, "--machine", "cpu", "--no-measure")
     assert outcome.status == 0
     assert "kept" in outcome.err
     assert "plan.earlier.json" in outcome.err
@@ -286,6 +286,27 @@ def test_planning_again_keeps_folds_and_puts_an_edited_plan_aside(made: Any, med
     assert "plan.earlier.2.json" in outcome.err
     assert read_plan(mine.run / "plan.earlier.json") == edited
     assert read_plan(mine.run / "plan.earlier.2.json") == later
+    assert (mine.run / "folds.json").read_bytes() == folds
+    more = medseg("plan", mine.task, "-o", mine.run, "--folds", 2, "--machine", "cpu", "--no-measure")
+    assert more.status == 0, more
+    assert len(json.loads((mine.run / "folds.json").read_text())["folds"]) == 2
+    assert (mine.run / "folds.earlier.json").read_bytes() == folds
+
+
+def test_a_plan_without_time_for_validation_is_trained_all_the_same(made: Any, medseg: Any, tmp_path: Path) -> None:
+    mine = made.copy(tmp_path)
+    (mine.run / "plan.json").rename(mine.run / "base.json")
+    blind = {"value": {"times": 0, "cases": 0, "calibrated": 0}, "reason": "a try"}
+    one = {"steps": {"value": 3, "reason": "a try"}, "watching": blind}
+    (mine.run / "plan.json").write_text(json.dumps({"inherits": "base.json", "configurations": {"3d": one}}))
+    outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert "not validated" in outcome.out
+    assert "no time to calibrate" in outcome.out
+    package = load_package(mine.model)
+    assert package.calibration is None
+    assert len(package.engines["openvino-f32"].cases) == 1
+    assert medseg("report", mine.run).status == 0
 
 
 def test_a_run_folder_goes_with_one_task(made: Any, medseg: Any, tiny_task: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.infer import budget
-from medseg.infer.budget import free_memory, within, workspace
+from medseg.infer.budget import within, workspace
 
 SCAN = Grid.from_spacing((300, 300, 300), 1.0)
 
@@ -44,10 +44,6 @@ def test_by_default_most_of_what_is_free(small_plan: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(budget, "free_memory", lambda: 300 * 2**20)
     with pytest.raises(InputError, match=r"this machine has free 0\.2"):
         tiles(small_plan, None)
-
-
-def test_what_is_free_is_some_of_what_there_is() -> None:
-    assert 0 < free_memory() < 2**50
 
 
 def test_a_larger_network_takes_more(small_plan: Any) -> None:

@@ -344,6 +344,10 @@ def test_agreement_by_hand(small_plan: Any) -> None:
     assert found.largest_difference == pytest.approx(1.5)
     assert found.least_dice == pytest.approx(2 * 3 / (3 + 4))  # of class 1; neither finds class 2
     assert agreement(other, other, images, configuration).least_dice == 1.0
+    assert (
+        agreement(one, other, {**images, "late": next(iter(images.values()))}, configuration, seconds=-1).cases
+        == (tuple(images)[:1])
+    )
 
 
 def test_tiles_lie_in_the_middle() -> None:

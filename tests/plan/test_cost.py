@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from medseg.core.errors import InputError
+from medseg.infer.window import lay, tile_starts
 from medseg.models.build import build
-from medseg.plan.cost import Cases, disk_bytes, estimate, ram_bytes, require_room, validation_seconds
+from medseg.plan.cost import Cases, disk_bytes, estimate, prediction_seconds, ram_bytes, require_room, tile_count
 
 
 @pytest.mark.parametrize("options", [{}, {"dimensions": 2, "slice_axis": 2, "patch": (32, 32, 1)}])
@@ -72,20 +73,31 @@ def test_what_is_said_to_fit_does(small_plan: Any) -> None:
     require_room(smaller, 1, 3, need // 3, kind="cpu", half=False)
 
 
-def test_validation_is_tiles_times_cases_times_how_often(small_plan: Any) -> None:
+def test_a_prediction_is_its_tiles(small_plan: Any) -> None:
     """Along the axes 100, 40 and 30 voxels long 32 go 6, 2 and 1 times, with steps of 16."""
     c = small_plan(patch=(32, 32, 32), features=(4, 8), batch=2).configuration("3d")
     cases = Cases(count=20, own_voxels=1.0, shape=(100.0, 40.0, 30.0), voxels_in_all=1.0)
-    tile = 0.6 / 3 / 2
-    assert validation_seconds(c, cases, 5000, 0.6) == pytest.approx(11 * 4 * 12 * tile)
-    assert validation_seconds(c, cases, 100, 0.6) == pytest.approx(3 * 4 * 12 * tile)
+    assert prediction_seconds(c, cases, 0.6) == pytest.approx(12 * 0.6 / 3 / 2)
+
+
+def test_of_slices_there_are_as_many_tiles_as_a_prediction_lays(small_plan: Any) -> None:
+    c = small_plan(dimensions=2, slice_axis=2, patch=(32, 32, 1), features=(4, 8), batch=2).configuration("2d")
+    cases = Cases(count=20, own_voxels=1.0, shape=(40.0, 32.0, 30.0), voxels_in_all=1.0)
+    assert prediction_seconds(c, cases, 0.6) == pytest.approx(2 * 30 * 0.6 / 3 / 2)
+    assert lay((40, 32, 30), c).count == 60
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 7, 32])
+@pytest.mark.parametrize("size", [1, 5, 33, 100])
+def test_tiles_are_counted_as_they_are_laid(size: int, patch: int) -> None:
+    assert tile_count(size, patch) == len(tile_starts(size, patch))
 
 
 def test_disk_and_ram_of_cases_with_the_answer_known() -> None:
     cases = Cases(count=10, own_voxels=1e6, shape=(100, 100, 100), voxels_in_all=1e7)
     assert disk_bytes(cases, 2, 1000) == 5 * 10**7 + 8000
-    more = [ram_bytes(cases, channels, 3, 0, kind="cpu") for channels in (1, 2)]
+    more = [ram_bytes(cases, channels, 3, 0, kind="cpu", watched=2) for channels in (1, 2)]
     # Two scans for validation as they are stored, and one being predicted as floats.
     assert more[1] - more[0] == 2 * 2 * 10**6 + 4 * 10**6
-    assert ram_bytes(cases, 1, 3, 5000, kind="cpu") - more[0] == 5000
-    assert ram_bytes(cases, 1, 3, 5000, kind="gpu") == ram_bytes(cases, 1, 3, 0, kind="gpu")
+    assert ram_bytes(cases, 1, 3, 5000, kind="cpu", watched=2) - more[0] == 5000
+    assert ram_bytes(cases, 1, 3, 5000, kind="gpu", watched=2) == ram_bytes(cases, 1, 3, 0, kind="gpu", watched=2)

@@ -52,6 +52,7 @@ def test_every_plan_is_sound(decathlon: Any, reference: Path, name: str) -> None
             if target.budgets:
                 assert c.steps.value * c.cost.seconds_per_step <= target.budgets[""]
                 assert c.steps.value >= 100
+                assert 3600 * c.cost.hours <= 1.01 * target.budgets[""]
             # A patch sees some centimetres around a voxel, or the whole scan.
             inside = np.arange(3) != c.slice_axis
             typical = np.array(decathlon.SHAPES[task]) * np.array(plan.configurations["3d"].spacing.value)

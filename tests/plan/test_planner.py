@@ -224,12 +224,12 @@ def test_a_day_on_a_large_gpu_plans_for_more_than_minutes_on_two_cores() -> None
     assert features == sorted(features)
     assert voxels[-1] > 30 * voxels[0]
     assert features[-1] > features[0]
-    assert steps(plans[-1]) > 20_000 > 1_500 > steps(plans[1])
+    assert steps(plans[-1]) > 20_000 > 3_000 > steps(plans[1])
 
 
 def test_few_steps_make_the_network_narrower_before_the_patch_smaller() -> None:
     long, short, shortest = (
-        alike(*CT, Target(budgets={"": seconds})).configurations["3d"] for seconds in (20_000.0, 400.0, 5.0)
+        alike(*CT, Target(budgets={"": seconds})).configurations["3d"] for seconds in (20_000.0, 400.0, 10.0)
     )
     assert long.patch.value == short.patch.value == (48, 48, 48)
     assert (long.network.value.features[0], short.network.value.features[0]) == (16, 8)
@@ -396,6 +396,67 @@ def test_where_a_step_runs_out_of_memory_the_next_smaller_one_is_taken() -> None
         plan(fingerprint, ORGAN, Target(memory=64 * GIB), meter=Bench(1e12, most=1.0))
 
 
+def test_where_the_smallest_is_measured_to_be_too_large_the_plan_is_refused() -> None:
+    fingerprint = measured([CT[0]] * 3, [CT[1]] * 3)
+    fitting = alike(*CT, Target(memory=3 * GIB)).configurations["3d"]
+    assert fitting.cost
+    with pytest.raises(InputError, match=r"even the smallest plan, .* GiB to train, and 3\.00 GiB are allowed"):
+        plan(fingerprint, ORGAN, Target(memory=3 * GIB), meter=Bench(1e12, memory=1e4))
+
+
+class Uneven(Bench):
+    """Wide networks take ten times the memory that is reckoned, narrow ones what is."""
+
+    def __call__(self, c: Configuration, channels: int, classes: int) -> Step:
+        self.memory = 10.0 if c.network.value.features[0] > 8 else 1.0
+        return super().__call__(c, channels, classes)
+
+
+def test_what_was_measured_as_too_large_is_not_chosen_by_what_another_takes() -> None:
+    fingerprint = measured([CT[0]] * 3, [CT[1]] * 3)
+    free = alike(*CT, Target(memory=64 * GIB)).configurations["3d"]
+    assert free.cost
+    assert free.network.value.features[0] > 8
+    target = Target(memory=free.cost.ram_bytes + free.cost.memory_bytes)
+    c = plan(fingerprint, ORGAN, target, meter=Uneven(1e12)).configurations["3d"]
+    assert c.network.value.features[0] == 8
+    assert c.cost
+    assert c.cost.ram_bytes <= target.memory
+
+
+def test_a_larger_batch_is_worth_no_patch_of_which_too_few_steps_fit() -> None:
+    """A day holds some 100,000 steps of two patches of 160x192x160, which want 80,000, and fewer of more."""
+    days = {n: alike((138, 169, 138), (1, 1, 1), Target("gpu", 80 * GIB, True, {"": n * 86_400.0}), cases=484,
+                     channels=("MRI",) * 4).configurations["3d"] for n in (0.2, 1, 4)}  # fmt: skip
+    assert days[0.2].patch.value != (160, 192, 160)
+    for c in days.values():
+        assert c.batch.value == 2 or steps(c) >= 80_000
+    assert days[4].batch.value > 2
+
+
+def test_a_budget_that_hardly_holds_the_start_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a budget of 9 s for 3d is no time to train: .* takes 5 s\. Allow 10 s"):
+        alike((9, 9, 9), (1, 1, 1), Target(budgets={"": 9.0}))
+    alike((9, 9, 9), (1, 1, 1), Target(budgets={"": 10.0}))
+    with pytest.raises(InputError, match=r"a budget of 20 s for 3d is no time .* Allow 33\.33"):
+        Unlabelled(5, pretrain=True, teacher=True).leaves(Target(budgets={"3d": 20.0}))
+
+
+@pytest.mark.parametrize("seconds", [60.0, 900.0, 86_400.0])
+def test_a_budget_holds_all_of_a_run_whatever_the_scans(seconds: float) -> None:
+    """One prediction of the whole scan takes a quarter of an hour here."""
+    large = alike((512, 512, 482), (0.77, 0.77, 1.0), Target(budgets={"": seconds}), cases=131).configurations
+    for c in large.values():
+        assert c.cost
+        assert c.watching
+        assert 3600 * c.cost.hours <= 1.01 * seconds
+        assert 0.5 * seconds <= steps(c) * c.cost.seconds_per_step
+    shown = large["3d"].watching
+    assert shown
+    assert (shown.value.times == 0) == (seconds < 86_400)
+    assert ("shows its loss only" in shown.reason) == (seconds < 86_400)
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 
@@ -496,8 +557,11 @@ def test_every_plan_fits_its_bounds_and_says_why(cases: Any, target: Target) -> 
         budget = target.budget(name)
         if budget is not None and c.steps.value > 1:
             assert c.steps.value * c.cost.seconds_per_step <= 1.001 * budget
+            assert 3600 * c.cost.hours <= 1.01 * budget
+        assert (c.watching is None) == (budget is None)
     found = decisions(decided)
-    assert len(found) == 2 + len(decided.configurations) * 5 + 4
+    budgeted = sum(target.budget(name) is not None for name in decided.configurations)
+    assert len(found) == 2 + len(decided.configurations) * 5 + 4 + budgeted
     assert all(d.reason.strip() for d in found)
     assert decided.fingerprint == fingerprint.digest()
     assert parse_plan(decided.model_dump(mode="json"), "it") == decided

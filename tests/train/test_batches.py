@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from medseg.core.errors import InputError
+from medseg.infer.engine import torch_precision
 from medseg.io.store import CaseStore, StoredCase
+from medseg.plan.cost import estimate, feed_bytes
 from medseg.plan.plan import Decision, Plan
 from medseg.train import batches as module
 from medseg.train.batches import Batches, Feed
@@ -85,6 +87,19 @@ def test_what_is_kept_and_what_is_read_in_part_are_the_same(
         assert all(torch.equal(a, b) for a, b in zip(kept(step), read(step), strict=True))
     assert kept._kept
     assert not read._kept
+
+
+def test_cases_are_kept_only_in_half_of_what_training_leaves_free(
+    small_plan: Any, store: CaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, cases = small_plan(), cases_of(store)
+    size = sum(case.image.nbytes + 2 * int(np.prod(case.shape)) for case in cases)
+    c = plan.configuration("3d")
+    takes = estimate(c, 1, 3, kind="cpu", half=torch_precision(torch.device("cpu")) != "f32").memory_bytes
+    takes += feed_bytes(c, 1, "cpu")
+    for free, kept in ((takes + 2 * size, True), (takes + 2 * size - 2, False)):
+        monkeypatch.setattr(module, "free_memory", lambda free=free: free)
+        assert make(plan, cases)._keep is kept
 
 
 def test_without_variation_a_small_case_lies_in_the_middle_of_zeros(small_plan: Any, store: CaseStore) -> None:

@@ -109,11 +109,28 @@ def test_where_time_runs_out_three_cases_must_do(model: Any) -> None:
     assert len(loaded) == 6
 
 
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_a_plan_may_bear_a_case_or_two_or_none(model: Any, most: int) -> None:
+    loaded: list[str] = []
+
+    def load(case: str) -> tuple[Volume, LabelMap]:
+        loaded.append(case)
+        return scan(case)
+
+    found = calibration_of(model(2.0, 30), load, most=most)
+    assert len(loaded) == 2 * most
+    assert (found is None) == (most == 0)
+    if found:
+        assert found.cases == most
+        assert found.temperature == pytest.approx(2.0, rel=0.1)
+        assert found.interval is None
+
+
 def test_cases_are_taken_evenly() -> None:
     names = tuple(f"{n:03d}" for n in range(120))
-    assert len(calibrate._evenly(names, 50)) == 40
-    assert calibrate._evenly((), 50) == ()
-    assert calibrate._evenly(names[:50], 50) == names[:50]
+    assert len(calibrate.evenly(names, 50)) == 40
+    assert calibrate.evenly((), 50) == calibrate.evenly(names, 0) == ()
+    assert calibrate.evenly(names[:50], 50) == names[:50]
     for count in (1, 2, 3, 7, 41):
         order = calibrate._halving(names[:count])
         assert sorted(order) == list(names[:count])

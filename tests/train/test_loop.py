@@ -23,7 +23,7 @@ from medseg.infer.stream import Tally
 from medseg.io.runlog import RunLog
 from medseg.io.store import CaseStore
 from medseg.models.build import build
-from medseg.plan.plan import Decision, Plan
+from medseg.plan.plan import Decision, Plan, Watching
 from medseg.preprocess.regrid import preprocess
 from medseg.train import loop
 from medseg.train.batches import Batches
@@ -630,6 +630,16 @@ def test_numbers_with_gaps_become_consecutive_classes(small_plan: Any, task: Tas
     cases = [bench.store.read(c) for c in bench.train_ids]
     batches = Batches(bench.plan, bench.plan.configuration(bench.name), cases, 0, CPU)
     assert {int(v) for n in range(4) for v in batches(n)[1].unique()} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("times", "at"), [(0, []), (1, [15]), (2, [10, 15])])
+def test_a_plan_says_how_often_a_run_validates(bench: Bench, times: int, at: list[int]) -> None:
+    watching = Decision(value=Watching(times=times, cases=min(1, times)), reason="a try")
+    configuration = bench.plan.configuration(bench.name).model_copy(update={"watching": watching})
+    bench.plan = bench.plan.model_copy(update={"configurations": {bench.name: configuration}})
+    _, records = bench.run(steps=15, validate=True)
+    assert [r["step"] for r in records if "dice" in r] == at
+    assert len(records) == 3
 
 
 def test_validation_means_by_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

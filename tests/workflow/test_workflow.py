@@ -32,7 +32,7 @@ def configured(tmp_path_factory, tiny_task):
         "configurations": ["3d", "2d"],
         "of_folds": 3,
         "folds": [0],
-        "budget": "4s",
+        "budget": "12s",
         "threads": 1,
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -71,6 +71,34 @@ def test_an_edited_plan_is_trained_anew_and_the_rest_is_kept(configured):
     assert "plan" not in counts
 
 
+def test_planning_anew_loses_no_edited_plan_and_no_edited_folds(configured):
+    given = ("--config", "results=replanned")
+    target = ("replanned/Task98_Tiny/plan.json", "--configfile", "config.json")
+    snakemake(*target, *given, folder=configured)
+    run = configured / "replanned" / "Task98_Tiny"
+    edited = (run / "plan.json").read_text().replace('"value": 0.01', '"value": 0.003', 1)
+    (run / "plan.json").write_text(edited)
+    folds = json.loads((run / "folds.json").read_text())
+    folds["folds"].reverse()
+    (run / "folds.json").write_text(json.dumps(folds))
+    snakemake(*target, *given, "budget=14s", folder=configured)
+    assert (run / "plan.earlier.json").read_text() == edited
+    assert '"value": 0.003' not in (run / "plan.json").read_text()
+    assert json.loads((run / "folds.json").read_text()) == folds
+    assert "Nothing to be done" in snakemake(*target, *given, "budget=14s", folder=configured)
+
+
+def test_a_plan_for_a_processor_takes_no_more_memory_than_the_training_asks_for(tmp_path):
+    said = snakemake("--dry-run", "--printshellcmds", "--config", "device=cpu", folder=tmp_path)
+    (asked, *_) = {
+        line.split("mem_mb=")[1].split(",")[0]
+        for line in said[said.index("rule train:") :].splitlines()
+        if "mem_mb=" in line
+    }
+    (told, *_) = {line.split("--memory ")[1].split("MB")[0] for line in said.splitlines() if "--memory " in line}
+    assert told == asked
+
+
 def test_the_phantoms_run_where_nothing_is_configured(tmp_path):
     said = snakemake("--dry-run", folder=tmp_path)
     for name in ("Phantom_Abdomen", "Phantom_Brain", "Phantom_Prostate"):
@@ -101,6 +129,10 @@ def test_one_task_can_be_named_on_the_command_line(configured):
         ({"phantoms": {"tasks": ["heart"]}}, "heart"),
         ({"configurations": ["3d", "3d-cascade"], "folds": [0, 1, 2, 3, 4]}, "Add 3d-low"),
         ({"configurations": ["3d-low", "3d-cascade"], "folds": [0, 1]}, "all folds of 3d-low"),
+        (
+            {"configurations": ["3d-low", "3d-cascade"], "folds": [0, 1, 2, 3, 4], "unlabelled": ["teacher"]},
+            "3d-cascade cannot learn",
+        ),
     ],
 )
 def test_a_wrong_configuration_stops_before_anything_runs(tmp_path, settings, named):

@@ -1,0 +1,57 @@
+"""How much memory there is to take."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+# What a control group may take, what it has taken, and what of that is files that nobody looks at, by version.
+_FILES = {
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+_CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of any control group that it is in."""
+    return max(0, min([int(psutil.virtual_memory().available), *_left()]))
+
+
+def _left() -> Iterator[int]:
+    """What each limited control group leaves, from this process's own up to the root."""
+    for version, folder in _groups():
+        most, taken, files = _FILES[version]
+        # A group without a limit, or that is not seen from within a container, limits nothing.
+        with contextlib.suppress(OSError, ValueError):
+            limit, used = int((folder / most).read_text()), int((folder / taken).read_text())
+            yield limit - max(0, used - _counted(folder / "memory.stat", files))
+
+
+def _groups() -> Iterator[tuple[int, Path]]:
+    try:
+        lines = [line.split(":", 2) for line in _OWN.read_text().splitlines()]
+    except OSError:
+        return
+    for number, controllers, path in (line for line in lines if len(line) == 3):
+        if number == "0":
+            version, root = 2, _CGROUPS
+        elif "memory" in controllers.split(","):
+            version, root = 1, _CGROUPS / "memory"
+        else:
+            continue
+        own = Path(path)
+        for folder in (own, *own.parents):
+            yield version, root / folder.relative_to("/")
+
+
+def _counted(stat: Path, name: str) -> int:
+    """A number of memory.stat; 0 where there is none."""
+    try:
+        rows = (line.split() for line in stat.read_text().splitlines())
+        return next((int(row[1]) for row in rows if row[0] == name), 0)
+    except OSError:
+        return 0

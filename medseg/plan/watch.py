@@ -1,0 +1,109 @@
+"""What a run does besides its steps, and how much of it a budget bears: validation, calibration, the comparison
+of engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medseg.plan.plan import Configuration, Decision, Watching
+
+# Of what a budget leaves once a run has started: validation takes so much at the most; calibration, which may
+# take more for the fewest cases that it can learn from; the comparison; checkpoints, logs and what else.
+_WATCHED, _CALIBRATED, _FEWEST_CALIBRATED, _COMPARED, _ELSE = 0.2, 0.1, 0.2, 0.02, 0.03
+# With fewer cases than these calibration cannot tell how far it is off itself.
+_FEWEST = 2
+# Where nobody budgets, calibration takes this share of the training, but may take so many seconds, and predicts
+# three cases twice.
+_SHARE, _SECONDS, _THREE = 0.1, 30.0, 3
+# Cases from whose voxels a temperature is learnt, before all of them are predicted with it.
+SAMPLED = 16
+# Three engines and precisions at the most look at two tiles each of three cases.
+COMPARED_CASES = 3
+_ENGINES, _TILES = 3, 2 * COMPARED_CASES
+
+
+def watching_of(configuration: Configuration) -> Watching:
+    """What a plan says, or the usual."""
+    return configuration.watching.value if configuration.watching else Watching()
+
+
+def validations(steps: int, every: int, times: int) -> int:
+    """How often a run validates, which it can at the end of each ``every`` steps and of all."""
+    return min(times, -(-steps // every))
+
+
+def due(step: int, steps: int, every: int, times: int) -> bool:
+    """Whether one of the validations, evenly spread and the last at the end, falls on this epoch's end."""
+    epoch, epochs = -(-step // every), -(-steps // every)
+    often = validations(steps, every, times)
+    return epoch * often // epochs > (epoch - 1) * often // epochs
+
+
+def calibration_allowed(configuration: Configuration, training: float) -> float:
+    """Seconds of calibration after so many of training, beyond which no further case is looked at."""
+    return _FEWEST_CALIBRATED * training if configuration.watching else max(_SECONDS, _SHARE * training)
+
+
+def comparison_allowed(training: float) -> float:
+    """Seconds of comparing engines, beyond which each looks at no further tile."""
+    return _COMPARED * training
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a configuration takes on a machine, in seconds: to ``start`` and end, a ``step`` within a run,
+    one of a fold's ``held_out`` cases predicted as validation does, and ``whole``, with mirrored copies and
+    any stage before; a ``tile`` on a processor. ``every``: steps of an epoch."""
+
+    start: float
+    step: float
+    validation: float
+    whole: float
+    tile: float
+    held_out: int
+    every: int
+
+    def watching(self, budget: float) -> Decision[Watching]:
+        """As much as a budget bears: where it is short fewer validations first, then of fewer cases."""
+        left = budget - self.start
+        usual = Watching()
+        cases, most = min(usual.cases, self.held_out), int(_WATCHED * left / self.validation)
+        times = min(usual.times, most // cases)
+        if not times:
+            times, cases = min(1, most), min(cases, most)
+        value = Watching(times=times, cases=cases, calibrated=self._calibrated(left))
+        one = f"one prediction is reckoned at {self.validation:.3g} s, and {self.whole:.3g} s in calibration"
+        reason = f"at most {_WATCHED:.0%} of the budget for validation and {_CALIBRATED:.0%} for calibration; {one}"
+        if not times:
+            reason += "; one alone takes more, so that training shows its loss only"
+        if not value.calibrated:
+            reason += f"; too long for calibration on {min(_FEWEST, self.held_out)}, so that there is none"
+        return Decision(value=value, reason=reason)
+
+    def _calibrated(self, left: float) -> int:
+        most, fewest = min(Watching().calibrated, self.held_out), min(_FEWEST, self.held_out)
+        fitting = [n for n in range(fewest, most + 1) if self._calibration(n) <= _CALIBRATED * left]
+        return max(fitting, default=fewest if self._calibration(fewest) <= _FEWEST_CALIBRATED * left else 0)
+
+    def _calibration(self, cases: int) -> float:
+        return (min(SAMPLED, cases) + cases) * self.whole
+
+    def aside(self, steps: int, watching: Watching | None) -> float:
+        """Seconds of a run of so many steps that do not go to them; ``watching`` is None where nobody
+        budgeted."""
+        training = steps * self.step
+        wanted = watching or Watching()
+        validation = validations(steps, self.every, wanted.times) * min(wanted.cases, self.held_out) * self.validation
+        calibration = self._calibration(min(wanted.calibrated, self.held_out))
+        if watching is None:
+            allowed = max(_SECONDS, _SHARE * (training + validation))
+            calibration = min(calibration, max(allowed, self._calibration(min(_THREE, self.held_out))))
+        # Each engine looks at one tile, whatever is allowed.
+        most, least = _ENGINES * _TILES * self.tile, _ENGINES * self.tile
+        comparison = max(least, min(most, _COMPARED * training))
+        return self.start + validation + calibration + comparison + _ELSE * training
+
+    def steps(self, budget: float, watching: Watching) -> int:
+        """How many fit a budget beside all else, one at the least."""
+        most = budget / self.step
+        return max(1, int((budget - self.aside(int(most), watching)) / self.step))
