@@ -202,9 +202,12 @@ def _told(name: str, c: Configuration) -> str:
     text = f"{name}: patch {size} at {spacing} mm, batch {c.batch.value}"
     if c.steps is None or c.cost is None:
         return text
+    steps = f"{c.steps.value} steps of {c.cost.seconds_per_step:.3g} s"
+    if c.members and c.members.value > 1:
+        steps = f"{c.members.value} networks of {steps}"
     known = f"measured on {c.cost.measured_on}" if c.cost.measured_on else "reckoned, not measured"
     return (
-        f"{text}, {c.network.value.features[0]} features; {c.steps.value} steps of {c.cost.seconds_per_step:.3g} s, "
+        f"{text}, {c.network.value.features[0]} features; {steps}, "
         f"{duration(3600 * c.cost.hours)}, {gib(c.cost.memory_bytes)} ({known}), {gib(c.cost.disk_bytes)} of disk"
     )
 

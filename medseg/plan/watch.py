@@ -3,7 +3,7 @@ of engines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medseg.plan.plan import Configuration, Decision, Watching
 
@@ -62,6 +62,12 @@ class Pace:
     tile: float
     held_out: int
     every: int
+
+    def of(self, members: int) -> Pace:
+        """That of several networks: one after the other in training and validation, side by side in what comes
+        after them."""
+        many = {name: members * getattr(self, name) for name in ("step", "validation", "whole", "tile")}
+        return replace(self, **many)
 
     def watching(self, budget: float) -> Decision[Watching]:
         """As much as a budget bears: where it is short fewer validations first, then of fewer cases."""

@@ -73,7 +73,30 @@ def test_small_and_isotropic_as_the_hippocampus_is(machine: str) -> None:
     assert c.network.value.kernels == ((3, 3, 3),) * 4
     last = (1, 2, 2) if machine == "cpu" else (2, 2, 2)
     assert c.network.value.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2), last)
-    assert c.network.value.features == ((16, 32, 64, 128) if machine == "cpu" else (32, 64, 128, 256))
+    assert c.network.value.features == ((8, 16, 32, 64) if machine == "cpu" else (32, 64, 128, 256))
+
+
+def test_time_beyond_what_one_network_needs_goes_to_others_where_cases_are_small() -> None:
+    def members(machine: Any, shape: Any = (35, 50, 35)) -> tuple[int, int, int]:
+        c = alike(shape, (1, 1, 1), machine, cases=200).configurations["3d"]
+        return c.members.value if c.members else 1, c.steps.value, c.network.value.features[0]
+
+    assert members("cpu") == (3, 2500, 8)
+    assert members(Target(steps=7000)) == (1, 7000, 8)
+    minutes = {n: members(Target(budgets={"": 60.0 * n})) for n in (5, 15, 30, 60)}
+    assert [minutes[n][0] for n in (5, 15, 30, 60)] == [1, 2, 4, 4]
+    assert all(steps >= 2500 for count, steps, _ in minutes.values() if count > 1)
+    # Large cases, and a GPU's, have wider networks.
+    assert members("cpu", (200, 200, 200)) == (1, 5000, 16)
+    assert members("gpu")[0] == 1
+
+
+def test_members_cost_time_and_no_memory() -> None:
+    several = alike((35, 50, 35), (1, 1, 1), cases=200).configurations["3d"].cost
+    one = alike((35, 50, 35), (1, 1, 1), Target(steps=2500), cases=200).configurations["3d"].cost
+    assert several.seconds_per_step == one.seconds_per_step
+    assert several.memory_bytes == one.memory_bytes
+    assert 2.5 < several.hours / one.hours <= 3
 
 
 def test_thick_slices_stay_thick_as_the_prostates_do() -> None:
@@ -194,7 +217,7 @@ def steps(c: Configuration) -> int:
 
 
 def test_without_a_budget_the_length_is_the_usual_or_the_one_asked_for() -> None:
-    assert steps(alike((9, 9, 9), (1, 1, 1)).configurations["3d"]) == 5_000
+    assert steps(alike((200, 200, 200), (1, 1, 1)).configurations["3d"]) == 5_000
     assert steps(alike((9, 9, 9), (1, 1, 1), "gpu").configurations["2d"]) == 25_000
     asked = alike((9, 9, 9), (1, 1, 1), Target(steps=7)).configurations["3d"].steps
     assert asked is not None
@@ -556,12 +579,14 @@ def test_every_plan_fits_its_bounds_and_says_why(cases: Any, target: Target) -> 
         assert (memory + GPU_OVERHEAD if target.kind == "gpu" else c.cost.ram_bytes) <= target.memory
         budget = target.budget(name)
         if budget is not None and c.steps.value > 1:
-            assert c.steps.value * c.cost.seconds_per_step <= 1.001 * budget
+            members = c.members.value if c.members else 1
+            assert members * c.steps.value * c.cost.seconds_per_step <= 1.001 * budget
             assert 3600 * c.cost.hours <= 1.01 * budget
         assert (c.watching is None) == (budget is None)
     found = decisions(decided)
+    several = sum(c.members is not None for c in decided.configurations.values())
     budgeted = sum(target.budget(name) is not None for name in decided.configurations)
-    assert len(found) == 2 + len(decided.configurations) * 5 + 4 + budgeted
+    assert len(found) == 2 + len(decided.configurations) * 5 + 4 + budgeted + several
     assert all(d.reason.strip() for d in found)
     assert decided.fingerprint == fingerprint.digest()
     assert parse_plan(decided.model_dump(mode="json"), "it") == decided
