@@ -121,13 +121,13 @@ def plan(
         dealt = read_folds(splits, loaded)
         if found := leaks(loaded, dealt):
             click.echo(f"warning: {splits} has {len(found)} subjects on both sides of a fold", err=True)
-    elif kept and len(dealt := run.folds(loaded)) == (folds or len(dealt)):
+    elif kept and _as_many(dealt := run.folds(loaded), folds, loaded):
         click.echo(f"kept {run.folds_file}", err=True)
     else:
-        kept, asked = False, folds or _FOLDS
-        dealt = make_folds(loaded, asked, seed=seed, duplicates=measured.duplicates)
-        if len(dealt) < asked:
-            click.echo(f"{len(dealt)} folds, not {asked}: there are no more subjects", err=True)
+        kept, count = False, folds or _FOLDS
+        dealt = make_folds(loaded, count, seed=seed, duplicates=measured.duplicates)
+        if len(dealt) < count:
+            click.echo(f"{len(dealt)} folds, not {count}: there are no more subjects", err=True)
     write_json(run.index, {"format": 1, "task": str(task.resolve())})
     write_json(run.path / "fingerprint.json", measured.model_dump(mode="json"))
     if not kept:
@@ -241,6 +241,11 @@ def _keep_edited(path: Path, digest: str) -> None:
         same = False
     if not same:
         _move_aside(path)
+
+
+def _as_many(dealt: tuple[Fold, ...], folds: int | None, task: Task) -> bool:
+    """Whether there are as many folds as are asked for, if a number is, or as there are subjects for."""
+    return folds is None or len(dealt) == min(folds, len({case.subject for case in task.cases}))
 
 
 def _keep_edited_folds(run: RunFolder, task: Task, dealt: tuple[Fold, ...]) -> None:

@@ -588,8 +588,8 @@ def _room_to_validate(
     if device.type == "cpu":
         half = torch_precision(device) != "f32"
         training = estimate(larger, plan.inputs(configuration), plan.outputs, kind="cpu", half=half).memory_bytes
-    # `Batches` keeps the cases in memory where they take no more than half of it.
-    kept = min(sum(case.image.nbytes + 2 * math.prod(case.shape) for case in cases), free // 2)
+    # `Batches` keeps the cases in memory where they take no more than half of what is left.
+    kept = min(sum(case.image.nbytes + 2 * math.prod(case.shape) for case in cases), max(0, free - training) // 2)
     memory = max(0, int(_VALIDATION_SHARE * (free - training - kept)))
     network = build(configuration, plan.inputs(configuration), plan.outputs)
     engine = TorchEngine([network], configuration, plan.outputs, torch.device("cpu"))
