@@ -172,7 +172,8 @@ def train(
     if taught and not unlabelled:
         raise InputError("the plan has a mean teacher, and there are no unlabelled cases", "Run `medseg preprocess`")
     require_fit(plan, configuration, plan.outputs, device, ranks, times=2 if taught else 1)
-    memory = _room_to_validate(plan, setup, (*cases, *unlabelled), validation, device) if validation else None
+    fed = (*cases, *(unlabelled if taught else ()))
+    memory = _room_to_validate(plan, setup, fed, validation, device) if validation else None
     make = partial(Batches, plan, configuration, device=device, ranks=ranks)
     members, seconds, setbacks = [], 0.0, 0
     records: list[dict[str, Any]] = []
