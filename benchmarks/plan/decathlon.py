@@ -100,9 +100,10 @@ def cell(c: Configuration) -> str:
     """Patch, batch, first features; what it takes."""
     assert c.cost
     assert c.steps
+    networks = f"{c.members.value} x " if c.members else ""
     return (
         f"{size(c.patch.value)}, {c.batch.value}, {c.network.value.features[0]}; "
-        f"{c.cost.memory_bytes / GIB:.1f} GiB, {c.steps.value:,} x {c.cost.seconds_per_step:.2g} s"
+        f"{c.cost.memory_bytes / GIB:.1f} GiB, {networks}{c.steps.value:,} x {c.cost.seconds_per_step:.2g} s"
     )
 
 

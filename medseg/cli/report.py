@@ -112,7 +112,7 @@ def _chosen(folder: RunFolder) -> Iterator[Decision]:
         return
     package = load_package(folder.model)
     if known := package.evaluation:
-        networks = f"{package.configuration_name}, the average of {len(package.members)} folds"
+        networks = f"{package.configuration_name}, the average of {len(package.members)} networks"
         reason = f"the best mean Dice out of fold: {known.compared[0].dice}, on {known.compared[0].cases} cases"
         if package.refinement:
             reason += (

@@ -281,8 +281,11 @@ def train(
     record_engines(output / "model", engines)
     write_json(log_file, {"format": 1, "options": f"--seed {seed}", "records": list(records)})
     done = package.provenance
-    score = f"Dice {records[-1]['dice']:.3f} on {len(watched)} held-out cases" if watched else "not validated"
-    click.echo(f"{package.name}: {done['steps']} steps in {done['seconds']:.0f} s, {score}; {output / 'model'}")
+    count = len(package.members)
+    steps = f"{done['steps']} steps" if count == 1 else f"{count} networks of {done['steps']} steps"
+    whose = "" if count == 1 else ", of the last alone"
+    score = f"Dice {records[-1]['dice']:.3f} on {len(watched)} held-out cases{whose}" if watched else "not validated"
+    click.echo(f"{package.name}: {steps} in {done['seconds']:.0f} s, {score}; {output / 'model'}")
     if calibration:
         click.echo(
             f"predicted Dice is {calibration.dice_error:.3f} off on average, calibration error "

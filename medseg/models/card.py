@@ -27,7 +27,7 @@ def card(package: ModelPackage) -> str:
     """The card, as Markdown; what is not known of the model is left out, or said to be unknown."""
     sections = [_head(package), _data(package), _plan(package)]
     if package.evaluation:
-        sections += [_scores(package.evaluation), _comparison(package.evaluation)]
+        sections += [_scores(package, package.evaluation), _comparison(package.evaluation)]
     sections += [_refinement(package), _calibration(package.calibration)]
     sections += [_scans(package.experience)] if package.experience else []
     sections += [_limits(package), _again(package)]
@@ -100,7 +100,7 @@ def _plan(package: ModelPackage) -> Iterator[str]:
         )
 
 
-def _scores(known: Evaluation) -> Iterator[str]:
+def _scores(package: ModelPackage, known: Evaluation) -> Iterator[str]:
     whose = "" if known.leaks else "subjects' "
     yield "## How good"
     yield ""
@@ -123,9 +123,15 @@ def _scores(known: Evaluation) -> Iterator[str]:
     if len(known.folds) > 1:
         yield ""
         yield (
-            "These figures are those of the single networks. Their average, which this package computes, cannot be "
-            "measured on these cases, since some network was trained on each; it is usually a little better."
+            f"These figures are those of each fold by itself{_members(package)}. The average of all, which this "
+            "package computes, cannot be measured on these cases, since some network was trained on each; it is "
+            "usually a little better."
         )
+
+
+def _members(package: ModelPackage) -> str:
+    several = package.configuration.members
+    return f", the average of its {several.value} networks" if several and several.value > 1 else ""
 
 
 def _row(one: StructureScore) -> tuple[object, ...]:
@@ -198,8 +204,8 @@ def _calibration(known: Calibration | None) -> Iterator[str]:
     if known.pooled_from:
         yield ""
         yield (
-            f"A mean of the calibrations of {known.pooled_from} folds, each measured on one network. The average of "
-            "the networks is less sure of itself than each, so its confidence is rather too low than too high."
+            f"A mean of the calibrations of {known.pooled_from} folds, each measured on its own networks. The average "
+            "of all is less sure of itself than each, so its confidence is rather too low than too high."
         )
 
 

@@ -227,7 +227,7 @@ def test_the_report_tells_of_the_model(medseg: Any, chosen: tuple[Path, Any], tm
     run, _ = chosen
     assert medseg("report", run, "-o", tmp_path / "report.html").status == 0
     page = (tmp_path / "report.html").read_text()
-    assert "the average of 3 folds" in page
+    assert "the average of 3 networks" in page
     assert "medseg choose RUN -c 3d -c 2d\n" in page
     # By plan and folds as they are, whatever options these were made with.
     commands = page[page.index("medseg plan TASK -o RUN --no-measure") :].split("\n")
