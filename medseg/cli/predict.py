@@ -200,7 +200,7 @@ def predict(
         for job, outcome in progress("predict")(_run(left, predictor, wanted, choice), len(left)):
             if isinstance(outcome, MedsegError):
                 failed.append((job, outcome))
-                named = "" if job.scan.name in str(outcome) else f"{job.scan.name}: "
+                named = "" if job.scan.name in re.split(r"[\s/]+", str(outcome)) else f"{job.scan.name}: "
                 click.echo(f"medseg: {named}{outcome}", err=True)
             else:
                 results.append(outcome)
