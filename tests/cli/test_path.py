@@ -179,7 +179,7 @@ def test_broken_off_before_engines_are_compared_a_fold_counts_as_not_done(
 ) -> None:
     mine = made.copy(tmp_path)
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("medseg.infer.agreement.measure", broken)
