@@ -98,7 +98,7 @@ def test_of_several_scans_each_must_be_for_the_model(starter: Path, medseg: Any,
     assert outcome.status == 2
     lines = outcome.err.splitlines()
     assert lines[0] == "b.nii.gz: taken is the model blobs, for scans like it; -m names another"
-    assert lines[1].startswith("medseg: a.nii.gz: ")
+    assert lines[1].startswith("medseg: a.nii.gz is truncated")
     assert lines[2].startswith(
         "medseg: c.nii.gz: it is no scan for blobs, the model that was taken for this call (spac"
     )
