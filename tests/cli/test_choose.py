@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -208,7 +207,7 @@ def test_stopped_between_the_verbs_it_can_be_taken_up(
     places = ("medseg.cli.preprocess._fill", "medseg.cli.predict._computed", "medseg.evaluate.score.evaluate")
     for place, number in zip(places, (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), strict=True):
         with monkeypatch.context() as patched:
-            patched.setattr(place, lambda *_, number=number, **__: os.kill(os.getpid(), number))
+            patched.setattr(place, lambda *_, number=number, **__: signal.raise_signal(number))
             medseg(*command).refused("the same command goes on from what is done", status=75)
     assert (tmp_path / "run" / "2d" / "fold0" / "predictions" / "predictions.json").exists()
     assert not (tmp_path / "run" / "2d" / "fold0" / "metrics.json").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +164,7 @@ def test_stopped_after_the_last_step_it_goes_on_from_there(
     mine = made.copy(tmp_path)
     before = load_package(mine.model).digest()
     with monkeypatch.context() as patched:
-        patched.setattr("medseg.train.calibrate.calibration_of", lambda *_, **__: os.kill(os.getpid(), number))
+        patched.setattr("medseg.train.calibrate.calibration_of", lambda *_, **__: signal.raise_signal(number))
         stopped = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
     stopped.refused("the same command goes on from what is done", status=75)
     outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")

@@ -149,7 +149,7 @@ def test_what_is_done_is_not_done_again_unless_the_first_stage_changed(
     how = ("-m", fold / "model", "-o", fold / "predictions", "--threads", 1)
     assert medseg("predict", task, "--held-out", *how).status == 0
     said = medseg("train", mine, "-c", "3d-cascade", *QUICK)
-    said.refused("holds what other models of the stage before found. Run `medseg preprocess` again")
+    said.refused("holds what other models of the stage before found. Run `medseg preprocess", "-c 3d-cascade` again")
     assert medseg("preprocess", mine, "-c", "3d-cascade", "--threads", 1).status == 0
     assert medseg("train", mine, "-c", "3d-cascade", *QUICK).status == 0
     assert load_package(mine / "3d-cascade" / "fold0" / "model").digest() != before

@@ -298,7 +298,8 @@ def test_nan_is_counted(tmp_path: Path) -> None:
 def test_no_files(tmp_path: Path) -> None:
     (tmp_path / "a.nrrd").touch()
     refused(tmp_path / "a.nrrd", "is empty")
-    refused(tmp_path / "b.nrrd", "is missing")
+    with pytest.raises(InputError, match=f"{tmp_path}/b.nrrd is missing"):  # as it was typed
+        read_itk_volume(tmp_path / "b.nrrd")
     (tmp_path / "c.nrrd").mkdir()
     refused(tmp_path / "c.nrrd", "is no file")
 
