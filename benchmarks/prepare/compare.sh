@@ -22,7 +22,7 @@ cat > "$work/medseg.sh" <<EOF
 set -e
 rm -rf "$work/run"
 medseg check "$task"
-medseg plan "$task" -o "$work/run"
+medseg plan "$task" -o "$work/run" --no-measure  # nnU-Net times no step either
 medseg preprocess "$work/run" -c 3d --threads 2
 EOF
 cat > "$work/nnunet.sh" <<EOF
