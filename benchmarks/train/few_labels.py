@@ -6,8 +6,8 @@
 Of TASK's first fold of five (by subject), 5, 10 and 20 training cases keep their labels, the fewer among the more,
 and the others are scans without. The held-out cases are predicted in the end, and nothing sees them before. Every arm
 takes as many supervised steps of the same network. One arm after the other; each is added to WORK/results.jsonl and
-not done again; one that was killed goes on from its checkpoint. Where --from names
-a model, there is an arm "fine-tuned".
+not done again; one that was killed goes on from its checkpoint. Where --from
+names a model, there is an arm "fine-tuned".
 """
 
 import argparse

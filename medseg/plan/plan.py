@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medseg.core.errors import InputError
@@ -201,11 +200,6 @@ class Configuration(Strict):
         if patch == network.divisor:
             raise ValueError(f"the strides bring the patch {patch} down to a single voxel, which has no variance")
         return self
-
-    def seeds(self, seed: int) -> tuple[int, ...]:
-        """The seed of each member of a run: the run's own of the first, and others made of it."""
-        count = self.members.value if self.members else 1
-        return seed, *(int(np.random.SeedSequence([seed, n]).generate_state(1)[0]) for n in range(1, count))
 
 
 class Augmentation(Strict):

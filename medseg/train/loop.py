@@ -177,7 +177,7 @@ def train(
     make = partial(Batches, plan, configuration, device=device, ranks=ranks)
     members, seconds, setbacks = [], 0.0, 0
     records: list[dict[str, Any]] = []
-    own = configuration.seeds(setup.seed)
+    own = _seeds(configuration, setup.seed)
     for number, seed in enumerate(own, start=1):
         one = replace(setup, seed=seed)
         course = Course(
@@ -208,6 +208,12 @@ def train(
         previous=before.package if before else None,
     )
     return package, tuple(records)
+
+
+def _seeds(configuration: Configuration, seed: int) -> tuple[int, ...]:
+    """The seed of each member of a run: the run's own of the first, and others made of it."""
+    count = configuration.members.value if configuration.members else 1
+    return seed, *(int(np.random.SeedSequence([seed, n]).generate_state(1)[0]) for n in range(1, count))
 
 
 def _found(configuration: Configuration, setup: Setup, before: Before | None) -> Mapping[str, LabelMap]:
