@@ -358,12 +358,14 @@ def _curves(curves: Sequence[Curve], colours: Mapping[str, int]) -> dict[str, An
     panels = []
     for field, heading, low, high in (("loss", "Training loss", None, None), ("dice", "Validation Dice", None, 1.0)):
         points = {
-            (c.configuration, c.fold): figures.thinned(
-                [(r["seconds"] / 60, r[field]) for r in c.records if r.get(field) is not None]
-            )
+            (c.configuration, c.fold): [
+                line
+                for part in _networks(c.records)
+                if (line := figures.thinned([(r["seconds"] / 60, r[field]) for r in part if r.get(field) is not None]))
+            ]
             for c in ordered
         }
-        every = [p for line in points.values() for p in line]
+        every = [p for lines in points.values() for line in lines for p in line]
         if not every:
             continue
         across = figures.axis((x for x, _ in every), low=0.0)
@@ -373,15 +375,25 @@ def _curves(curves: Sequence[Curve], colours: Mapping[str, int]) -> dict[str, An
                 "configuration": name,
                 "fold": fold,
                 "colour": colours[name],
-                "path": figures.line(line, across, up),
-                "end": (across.percent(line[-1][0]), round(100 - up.percent(line[-1][1]), 2)),
-                "last": f"{line[-1][1]:.3f}",
+                "path": "".join(figures.line(line, across, up) for line in parts),
+                "end": (across.percent(parts[-1][-1][0]), round(100 - up.percent(parts[-1][-1][1]), 2)),
+                "last": f"{parts[-1][-1][1]:.3f}",
             }
-            for (name, fold), line in points.items()
-            if line
+            for (name, fold), parts in points.items()
+            if parts
         ]
         panels.append({"heading": heading, "across": across, "up": up, "lines": lines})
     return {"panels": panels, "lines": [_standing(c) for c in ordered]}
+
+
+def _networks(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Records by network: where several are trained one after the other, steps begin anew with each."""
+    parts: list[list[Mapping[str, Any]]] = []
+    for record in records:
+        if not parts or record["step"] <= parts[-1][-1]["step"]:
+            parts.append([])
+        parts[-1].append(record)
+    return parts
 
 
 def _standing(curve: Curve) -> dict[str, Any]:

@@ -47,6 +47,17 @@ def overlay(kind: page.Kind = "best", case: str = "case_1", size: int = 40) -> p
     return page.Overlay(case, "3d", kind, image, grid, labels, labels, 1.0)
 
 
+def test_the_curves_of_networks_one_after_the_other_are_not_joined() -> None:
+    one = curve()
+    later = tuple({**record, "seconds": record["seconds"] + 200} for record in one.records)
+    both = dataclasses.replace(one, records=one.records + later)
+    found = page.report(page.RunPage("A run", "Task01", curves=(both,)))
+    loss, dice = (path.split('"')[0] for path in found.split('<path class="curve" d="')[1:])
+    assert (loss.count("M"), dice.count("M")) == (2, 2)
+    whole = page.report(page.RunPage("A run", "Task01", curves=(one,)))
+    assert [path.split('"')[0].count("M") for path in whole.split('<path class="curve" d="')[1:]] == [1, 1]
+
+
 def curve(steps: int = 100, reached: int = 100) -> page.Curve:
     records = [
         {"step": s, "steps": steps, "seconds": 2.0 * s, "loss": 1 / s, "learning_rate": 0.01}
