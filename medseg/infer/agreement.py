@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.infer.engine import Engine, Float32, OpenVinoEngine, import_openvino, open_engine
+from medseg.infer.engine import Engine, Float32, OpenVinoEngine, open_engine, openvino_core
 from medseg.models.package import Agreement, ModelPackage
 from medseg.plan.plan import Configuration
 
@@ -26,7 +26,7 @@ def measure(
     if not package.graphs or not images:
         return {}
     reference = open_engine(package, "torch-cpu", threads, precision="f32")
-    capable = "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capable = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     found = {}
     precisions = ("f32", "bf16") if capable else ("f32",)
     for precision in precisions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -241,8 +242,7 @@ class OpenVinoEngine:
         if not package.graphs:
             reason = package.not_portable or "it was made without"
             raise InputError(f"{package.name} has no ONNX files ({reason})", "Use another engine, or save it anew")
-        openvino = import_openvino()
-        core = openvino.Core()
+        openvino, core = import_openvino(), openvino_core()
         self.precision = precision or _openvino_precision(core, package)
         self.notes: list[str] = []
         self._flat = package.configuration.slice_axis
@@ -344,6 +344,17 @@ def import_openvino() -> Any:
         return import_alone("openvino", "openvino.tools.ovc")
     except ImportError:
         raise InputError("OpenVINO is not installed", "Use --engine torch-cpu, or pip install openvino") from None
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one core of this process, which is never let go of.
+
+    Each that is made gives the thread a stack for signals, and takes it away in the end; of two that overlap
+    the older one takes away what the younger one puts back. Then the next signal ends the process, since
+    Python's handlers run on that stack.
+    """
+    return import_openvino().Core()
 
 
 def flips(mirror: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

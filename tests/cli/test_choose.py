@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -199,8 +198,6 @@ def test_what_one_fold_is_told_all_are_told(
     medseg("train", run, "--all-folds", "--fold", 1).refused("--fold trains one fold, --all-folds every one")
 
 
-# After other files in one worker the signal once and again found no handler and ended the worker; not understood yet.
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="run it alone: pytest tests/cli/test_choose.py")
 def test_stopped_between_the_verbs_it_can_be_taken_up(
     medseg: Any, planned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

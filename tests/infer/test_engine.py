@@ -285,6 +285,28 @@ def test_openvino_runs_alone_sends_nothing_and_writes_nothing(tmp_path: Path, fo
     assert sorted(tmp_path.rglob("*")) == before
 
 
+SIGNALLED = """
+import gc, signal, sys
+from pathlib import Path
+from medseg.infer.engine import OpenVinoEngine
+from medseg.models.package import load_package
+
+package = load_package(Path(sys.argv[1]))
+engines = [OpenVinoEngine(package, 1), OpenVinoEngine(package, 1)]
+while engines:
+    engines.pop(0)
+    gc.collect()
+seen = []
+signal.signal(signal.SIGTERM, lambda *_: seen.append(True))
+signal.raise_signal(signal.SIGTERM)
+assert seen
+"""
+
+
+def test_a_signal_finds_a_stack_after_openvino(folder: Path) -> None:
+    subprocess.run([sys.executable, "-c", SIGNALLED, str(folder)], check=True)
+
+
 def test_openvino_is_imported_in_one_place_alone() -> None:
     package = Path(engines.__file__).parents[1]
     words = ("import openvino\n", "from openvino", 'import_alone("openvino"')

@@ -538,7 +538,7 @@ TARGETS = st.builds(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(CASES, TARGETS)
 def test_every_plan_fits_its_bounds_and_says_why(cases: Any, target: Target) -> None:
     fingerprint = measured([shape for shape, _ in cases], [mm for _, mm in cases])
@@ -599,6 +599,7 @@ def test_sizes_beyond_all_measure_end_soon() -> None:
     assert np.prod(c["2d"].patch.value) <= 192**2
 
 
+@settings(max_examples=40)
 @given(CASES)
 def test_a_gpu_sees_no_less_than_a_cpu(cases: Any) -> None:
     fingerprint = measured([shape for shape, _ in cases], [mm for _, mm in cases])
@@ -609,6 +610,7 @@ def test_a_gpu_sees_no_less_than_a_cpu(cases: Any) -> None:
         assert c.spacing == there[name].spacing
 
 
+@settings(max_examples=40)
 @given(CASES, st.permutations(range(3)))
 def test_axes_are_treated_alike(cases: Any, order: list[int]) -> None:
     """Turning all scans turns the 3D spacing with them."""
