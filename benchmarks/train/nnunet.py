@@ -7,7 +7,8 @@
 TASK is a Decathlon folder, RUN one that `medseg plan` made of it, WORK a folder for nnU-Net's files. Its
 own plan, data, augmentation, network, loss, optimiser and schedule; the schedule is fitted to the number
 of steps that the minutes hold, by the time of two of them, and what nnU-Net does at the end of an epoch
-(a validation, a figure, a checkpoint) is left out, in its favour. ``--step`` times its training step alone.
+(a validation, a figure, a checkpoint) is left out, in its favour. ``--step`` times its training step alone;
+``--each`` takes its word for how many steps the minutes hold, so that other programs may run beside it.
 """
 
 import argparse
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, nargs="*", default=[])
     parser.add_argument("--step", action="store_true")
+    parser.add_argument("--each", type=float, help="seconds of a step, as --step told them when nothing else ran")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     wanted = parser.parse_args()
@@ -121,7 +123,7 @@ def main() -> None:
         print(json.dumps({"step_seconds": statistics.median(seconds), "all": seconds}))
     for minutes in wanted.minutes:
         # One that has been warmed up says how long a step takes; another one is trained.
-        each = statistics.median(train(trainer_of(wanted.fold, wanted.threads), 3)[1:])
+        each = wanted.each or statistics.median(train(trainer_of(wanted.fold, wanted.threads), 3)[1:])
         trainer = trainer_of(wanted.fold, wanted.threads)
         seconds = train(trainer, max(1, int(60 * minutes / each)))
         found = dice(trainer, wanted.task, wanted.run, wanted.fold, wanted.work)
