@@ -67,9 +67,8 @@ SIZES = (
 )
 # Where patches hold most of small cases, on a processor, more features or more steps than these teach less than
 # another network does, whose mean with the first is better than either: on Task04 3,000 and 5,000 steps of one gave
-# 0.885, of one twice as wide 0.886, and the mean of two 0.888, of three 0.889 (benchmarks/train).
-_MEMBER_STEPS = 2_500
-_MOST_MEMBERS, _USUAL_MEMBERS = 4, 3
+# 0.885, of one twice as wide 0.886, and the mean of two 0.888; a third added nothing on four folds (benchmarks/train).
+_MEMBER_STEPS, _MOST_MEMBERS = 2_500, 2
 # The largest without a budget, and the first to be measured.
 _USUAL_SIZE = {"cpu": 3, "gpu": 6}
 
@@ -312,7 +311,7 @@ class Chooser:
         if budget is None:
             if self.target.steps or not several:
                 return self.target.steps or _USUAL_STEPS[self.target.kind], 1, None
-            return _MEMBER_STEPS, _USUAL_MEMBERS, None
+            return _MEMBER_STEPS, _MOST_MEMBERS, None
         for members in range(_MOST_MEMBERS if several else 1, 0, -1):
             pace = self._pace(candidate, known).of(members)
             watching = pace.watching(budget)
@@ -346,7 +345,7 @@ class Chooser:
         length = Decision[int](value=steps, reason=f"{self._why(chosen, budget, steps, aside)}, with {of}")
         several = Decision[int](
             value=members,
-            reason=f"cases are small: beyond {_MEMBER_STEPS:,} steps the mean of several networks is worth more than "
+            reason=f"cases are small: beyond {_MEMBER_STEPS:,} steps the mean of {members} networks is worth more than "
             "one that is trained longer",
         )
         return made.model_copy(
