@@ -118,7 +118,7 @@ def measured(given, source: Task, fold, labels: int, arm: str, seed: int) -> dic
 
 def trained(given, run: RunFolder, arm: str, chosen, others, seed: int) -> ModelPackage:  # type: ignore[no-untyped-def]
     plan = run.plan()
-    setup = Setup("3d", 0, tuple(chosen), (), seed, given.device, given.threads)
+    setup = Setup("3d", 0, tuple(chosen), (), seed=seed, device=given.device, threads=given.threads)
     # In one place, so that both arms that pretrain do so once.
     store, log = CaseStore(run.store("3d")), RunLog(run.path.parent / "checkpoints")
     scans = CaseStore(run.unlabelled("3d"))
