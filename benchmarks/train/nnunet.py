@@ -117,7 +117,7 @@ def main() -> None:
     wanted = parser.parse_args()
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = str(wanted.work.resolve() / name)
-        prepare(wanted.task, wanted.run, wanted.work)
+    prepare(wanted.task, wanted.run, wanted.work)
     if wanted.step:
         seconds = train(trainer_of(wanted.fold, wanted.threads), 5)[1:]
         print(json.dumps({"step_seconds": statistics.median(seconds), "all": seconds}))
