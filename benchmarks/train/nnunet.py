@@ -79,6 +79,8 @@ def dice(trainer, task: Path, run: Path, fold: int, work: Path) -> dict[str, flo
     import nibabel
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
     predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=False, allow_tqdm=False)
     plans, configuration = trainer.plans_manager, trainer.configuration_manager
     weights = [trainer.network.state_dict()]
