@@ -352,7 +352,7 @@ def openvino_core() -> Any:
 
     Each that is made gives the thread a stack for signals, and takes it away in the end; of two that overlap
     the older one takes away what the younger one puts back. Then the next signal ends the process, since
-    Python's handlers run on that stack.
+    Python's handlers run on that stack. Raises InputError where OpenVINO is not installed.
     """
     return import_openvino().Core()
 
