@@ -18,6 +18,54 @@ def _unet(configuration: Configuration, channels: int, classes: int) -> nn.Modul
     return unet(configuration, channels, classes)
 
 
+def _unet_classic(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.unet_classic import unet_classic
+
+    return unet_classic(configuration, channels, classes)
+
+
+def _resunet(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.resunet import resunet
+
+    return resunet(configuration, channels, classes)
+
+
+def _attention_unet(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.attention_unet import attention_unet
+
+    return attention_unet(configuration, channels, classes)
+
+
+def _segresnet(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.segresnet import segresnet
+
+    return segresnet(configuration, channels, classes)
+
+
+def _swinunetr(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.swinunetr import swinunetr
+
+    return swinunetr(configuration, channels, classes)
+
+
+def _mednext(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.mednext import mednext
+
+    return mednext(configuration, channels, classes)
+
+
+def _fcn(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.fcn import fcn
+
+    return fcn(configuration, channels, classes)
+
+
+def _deeplab(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.deeplab import deeplab
+
+    return deeplab(configuration, channels, classes)
+
+
 def _staged(configuration: Configuration, channels: int, classes: int) -> nn.Module:
     from medseg.models.stages import StagedUNet
 
@@ -26,6 +74,14 @@ def _staged(configuration: Configuration, channels: int, classes: int) -> nn.Mod
 
 BUILDERS: dict[str, Callable[[Configuration, int, int], nn.Module]] = {
     "unet": _unet,
+    "unet-classic": _unet_classic,
+    "resunet": _resunet,
+    "attention-unet": _attention_unet,
+    "segresnet": _segresnet,
+    "swinunetr": _swinunetr,
+    "mednext": _mednext,
+    "fcn": _fcn,
+    "deeplab": _deeplab,
     "nnunet-plain": _staged,
     "nnunet-residual": _staged,
 }
@@ -38,7 +94,20 @@ def build(configuration: Configuration, channels: int, classes: int) -> nn.Modul
     ...) of the same size; in training mode a list of them, from full resolution down, for deep
     supervision. ``classes`` counts the background.
     """
-    return BUILDERS[configuration.network.value.family](configuration, channels, classes)
+    network = BUILDERS[configuration.network.value.family](configuration, channels, classes)
+    _only_floats(network)
+    return network
+
+
+def _only_floats(network: nn.Module) -> None:
+    """Of what a network holds only real numbers are learnt and so are kept in files: batch norm does not count
+    its batches, and tables of indices are made anew."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "num_batches_tracked":
+                module.register_buffer(name, None)
+            elif not buffer.is_floating_point():
+                module.register_buffer(name, buffer, persistent=False)
 
 
 def split_head(network: nn.Module) -> tuple[nn.Module, Tensor, Tensor] | None:

@@ -108,8 +108,9 @@ class UNet(DynUNet):
         return [out, *(head(one) for head, one in zip(self.deep_supervision_heads, coarser, strict=True))]
 
 
-def unet(configuration: Configuration, channels: int, classes: int) -> nn.Module:
-    """A U-Net of the configuration's stages; see `medseg.models.build.build`."""
+def unet(configuration: Configuration, channels: int, classes: int, *, residual: bool = False) -> nn.Module:
+    """A U-Net of the configuration's stages, with ``residual`` blocks on the way down or plain ones; see
+    `medseg.models.build.build`."""
     network = configuration.network.value
     axes = [a for a in range(3) if a != configuration.slice_axis]
     kernels = [[kernel[a] for a in axes] for kernel in network.kernels]
@@ -127,4 +128,5 @@ def unet(configuration: Configuration, channels: int, classes: int) -> nn.Module
         act_name=("leakyrelu", {"inplace": True, "negative_slope": _SLOPE}),
         deep_supervision=supervised > 0,
         deep_supr_num=max(supervised, 1),
+        res_block=residual,
     )

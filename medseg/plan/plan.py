@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medseg.core.errors import InputError
 from medseg.core.labels import Label, LabelSet
 from medseg.core.provenance import digest
 from medseg.io.files import read_json, write_json
+from medseg.plan.families import FAMILIES, fault
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -82,15 +83,18 @@ class Normalisation(Strict):
 
 
 class Network(Strict):
-    """A U-Net: per stage, from full resolution down, its features, kernel and stride, on the three
-    voxel axes (a 2D network has kernel and stride 1 along ``slice_axis``).
+    """A network of one of the `medseg.plan.families`: per stage, from full resolution down, its features,
+    kernel and stride, on the three voxel axes (a 2D network has kernel and stride 1 along ``slice_axis``).
+    A stage of ``deeplab`` that does not stride is dilated instead.
 
+    ``fused``: of how many of its stages, from the coarsest, ``fcn`` adds up the answers, three unless said: of
+    a network that halves five times 1 makes its authors' FCN-32s, 2 FCN-16s and 3 FCN-8s.
     The families of imported models also say how many convolutions (``nnunet-plain``) or residual
     blocks (``nnunet-residual``) a stage has, how many convolutions follow each step up (deepest
     first), and the features of the convolution before the first residual stage.
     """
 
-    family: Literal["unet", "nnunet-plain", "nnunet-residual"] = "unet"
+    family: str = "unet"
     features: tuple[Count, ...]
     kernels: tuple[Three, ...]
     strides: tuple[Three, ...]
@@ -98,23 +102,33 @@ class Network(Strict):
     decoder_blocks: tuple[Count, ...] = _unless(())
     stem: Count | None = _unless(None)
     bias: bool = _unless(True)
+    fused: Literal[1, 2, 3] | None = _unless(None)
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in FAMILIES:
+            raise ValueError(f"there is no family {name!r}; there are {', '.join(FAMILIES)}")
+        return name
 
     @model_validator(mode="after")
     def _one_each(self) -> Network:
         if not len(self.features) == len(self.kernels) == len(self.strides):
             raise ValueError("features, kernels and strides need one entry per stage")
         if len(self.features) < 2 or self.strides[0] != (1, 1, 1):
-            raise ValueError("a U-Net has two stages or more, the first with stride 1")
+            raise ValueError("a network has two stages or more, the first with stride 1")
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             if any(k % 2 == 0 or s > k + 1 for k, s in zip(kernel, stride, strict=True)):
                 raise ValueError(
                     f"kernel {kernel} with stride {stride}: kernels are odd, strides no longer than them + 1"
                 )
-        counts = (len(self.features), len(self.features) - 1) if self.family != "unet" else (0, 0)
+        counts = (0, 0) if FAMILIES[self.family].trained else (len(self.features), len(self.features) - 1)
         if (len(self.blocks), len(self.decoder_blocks)) != counts:
             raise ValueError(f"{self.family} has {counts[0]} entries in blocks and {counts[1]} in decoder_blocks")
         if (self.stem is not None) != (self.family == "nnunet-residual"):
             raise ValueError("nnunet-residual, and only that, has a stem")
+        if self.fused is not None and self.family != "fcn":
+            raise ValueError("fcn, and only that, says how many stages are fused")
         return self
 
     @property
@@ -197,6 +211,9 @@ class Configuration(Strict):
             raise ValueError(f"a 2D patch is one voxel thick along axis {flat}")
         if flat is not None and any(kernel[flat] != 1 for kernel in network.kernels):
             raise ValueError(f"a 2D network has kernels of 1 along axis {flat}")
+        seen = [axis for axis in range(3) if axis != flat]
+        if found := fault(network.family, network.kernels, network.strides, seen):
+            raise ValueError(found)
         if patch == network.divisor:
             raise ValueError(f"the strides bring the patch {patch} down to a single voxel, which has no variance")
         return self

@@ -4,6 +4,7 @@ width and length fitted to the memory and the time that there are."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
 from medseg.plan.cost import Meter
+from medseg.plan.families import FAMILIES, TRAINED, Family, leading
 from medseg.plan.fingerprint import Fingerprint
 from medseg.plan.mirror import Axes, mirrored
 from medseg.plan.plan import (
@@ -61,14 +63,18 @@ def plan(
     *,
     meter: Meter | None = None,
     optional_channels: Sequence[str] = (),
+    family: str = "unet",
 ) -> Plan:
-    """Decide how to train on a task, and say why.
+    """Decide how to train a network of a ``family`` on a task, and say why.
 
     ``meter`` measures a step of a candidate on the machine that the plan is for; without one time and
     memory are reckoned, and the plan says so. ``optional_channels`` are those that a scan may lack.
     Raises InputError where a label is in no case, for an optional channel that is the first or none,
-    for a budget of an unknown configuration, and where not even the smallest network fits the memory.
+    for a budget of an unknown configuration, for an unknown family, and where not even its smallest network fits
+    the memory.
     """
+    if family not in TRAINED:
+        raise InputError(f"no family of networks is called {family!r}", f"There are {', '.join(TRAINED)}")
     target = target or Target()
     if target.kind not in ("cpu", "gpu"):
         raise InputError(f"no plan is made for the machine {target.kind!r}", "Say cpu or gpu")
@@ -86,14 +92,16 @@ def plan(
         raise InputError(f"a budget is given for {sorted(unknown)[0]!r}", f"Configurations are {', '.join(_NAMES)}")
     mirroring = mirrored(measured, labels)
     chooser = Chooser(measured, len(labels) + 1, target, meter, copies=2 ** len(mirroring[0]))
-    volumes, size = chooser.choose("3d", lambda size: _volumes(measured, size))
-    slices, _ = chooser.choose("2d", lambda size: _slices(measured, size))
+    solid = tuple(s for s in SIZES if s.voxels >= FAMILIES[family].least_patch(3))
+    flat = tuple(s for s in SIZES if s.pixels >= FAMILIES[family].least_patch(2))
+    volumes, size = chooser.choose("3d", lambda size: _volumes(measured, size, family), solid)
+    slices, _ = chooser.choose("2d", lambda size: _slices(measured, size, family), flat)
     configurations = {"3d": volumes, "2d": slices}
     coarse = _low_resolution(measured, volumes, size)
     if coarse is not None:
         configurations[_LOW], _ = chooser.choose(_LOW, lambda _: coarse, (size,))
-        up_to = SIZES[: SIZES.index(size) + 1]
-        configurations[_CASCADE], _ = chooser.choose(_CASCADE, lambda size: _cascade(measured, size), up_to)
+        up_to = solid[: solid.index(size) + 1]
+        configurations[_CASCADE], _ = chooser.choose(_CASCADE, lambda size: _cascade(measured, size, family), up_to)
     if unknown := set(target.budgets) - set(configurations) - {""}:
         raise InputError(
             f"a budget is given for {sorted(unknown)[0]}, which is not planned: a patch holds enough of a case",
@@ -106,7 +114,7 @@ def plan(
         optional_channels=may_lack,
         normalisation=_normalisation(measured),
         configurations=configurations,
-        training=_training(mirroring, volumes.steps.value if volumes.steps else _LONG),
+        training=_training(mirroring, volumes.steps.value if volumes.steps else _LONG, family),
         fingerprint=measured.digest(),
     )
 
@@ -161,15 +169,16 @@ def _spacing(measured: Fingerprint) -> Decision[tuple[float, float, float]]:
 
 
 def _volumes(
-    measured: Fingerprint, size: Size, spacing: Decision[tuple[float, float, float]] | None = None
+    measured: Fingerprint, size: Size, family: str, spacing: Decision[tuple[float, float, float]] | None = None
 ) -> Configuration:
     spacing = spacing or _spacing(measured)
     typical = measured.typical_shape(spacing.value)
     most = size.voxels
     if size.share < 1:
-        most = min(most, max(SIZES[0].voxels, int(size.share * np.prod(typical))))
+        least = max(SIZES[0].voxels, FAMILIES[family].least_patch(3))
+        most = min(most, max(least, int(size.share * np.prod(typical))))
     part = size.share < 1 and bool(most >= _PART * np.prod(typical))
-    patch, network = _fit(typical, np.array(spacing.value), most, size, axes=(0, 1, 2), alike=part)
+    patch, network = _fit(typical, np.array(spacing.value), most, size, family, axes=(0, 1, 2), alike=part)
     whole = "covers the typical case" if (np.array(patch) >= typical).all() else "is as much of it as fits"
     return Configuration(
         dimensions=3,
@@ -196,17 +205,17 @@ def _low_resolution(measured: Fingerprint, full: Configuration, size: Size) -> C
         while seen > 1:
             spacing, before = _coarser(spacing), spacing
             seen /= np.prod(spacing / before)
-        coarse = _volumes(measured, size, Decision(value=_floats(spacing), reason=reason))
+        coarse = _volumes(measured, size, full.network.value.family, Decision(value=_floats(spacing), reason=reason))
         shape = measured.typical_shape(coarse.spacing.value)
         seen = _SEEN * np.prod(shape) / np.prod(coarse.patch.value)
         if seen <= 1:
             return coarse if 2 * np.prod(shape) <= np.prod(typical) else None
 
 
-def _cascade(measured: Fingerprint, size: Size) -> Configuration:
+def _cascade(measured: Fingerprint, size: Size, family: str) -> Configuration:
     """Full resolution once more, which is told what low resolution found; as nnU-Net's ``3d_cascade_fullres``.
     Further channels take room and time, so that in a rare case its size is a smaller one than that of 3d."""
-    full = _volumes(measured, size)
+    full = _volumes(measured, size, family)
     reason = (
         f"as 3d, told by {_LOW} where each structure lies: it sees around the patch, which holds too little of a case"
     )
@@ -220,14 +229,14 @@ def _coarser(spacing: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(finer if finer.any() else True, spacing * _COARSER, spacing)
 
 
-def _slices(measured: Fingerprint, size: Size) -> Configuration:
+def _slices(measured: Fingerprint, size: Size, family: str) -> Configuration:
     spacing = _spacing(measured)
     steps = np.array(spacing.value)
     uneven = steps.max() > 1.1 * np.sort(steps)[1]
     axis = int(np.argmax(steps)) if uneven else 2
     plane = tuple(a for a in range(3) if a != axis)
     typical = measured.typical_shape(spacing.value)
-    patch, network = _fit(typical, steps, size.pixels, size, axes=plane)
+    patch, network = _fit(typical, steps, size.pixels, size, family, axes=plane)
     batch = int(np.clip(2 * size.voxels // (3 * np.prod(patch)), 8, 32))
     return Configuration(
         dimensions=2,
@@ -248,6 +257,7 @@ def _fit(
     spacing: NDArray[np.float64],
     most: int,
     limits: Size,
+    family: str,
     axes: tuple[int, ...],
     alike: bool = False,
 ) -> tuple[Three, Decision[Network]]:
@@ -258,33 +268,54 @@ def _fit(
     order = np.argsort(typical * spacing)
     if alike and typical[order[2]] * spacing[order[2]] > _LONG_CASE * typical[order[1]] * spacing[order[1]]:
         unit[order[2]] *= _WIDTH
+    least = max(2 * _COARSEST, 2 ** FAMILIES[family].least_halvings)
     size = np.ones(3)
-    longest = most / (2 * _COARSEST) ** (len(axes) - 1)  # with the other axes as short as can be
-    size[list(axes)] = np.clip(np.rint(typical[list(axes)]), 2 * _COARSEST, longest)
+    longest = most / least ** (len(axes) - 1)  # with the other axes as short as can be
+    size[list(axes)] = np.clip(np.rint(typical[list(axes)]), least, longest)
     inside = np.isin(np.arange(3), axes)
     while np.prod(size) > 4 * most:
         # From far off in large steps, whatever the strides.
-        reach = np.where(inside & (size > 2 * _COARSEST), size * unit, 0)
+        reach = np.where(inside & (size > least), size * unit, 0)
         axis = int(np.argmax(reach))
-        size[axis] = max(2 * _COARSEST, 0.9 * size[axis])
+        size[axis] = max(least, 0.9 * size[axis])
     while True:
-        kernels, strides, coarsest = _stages(size, spacing, axes)
-        divisor = np.prod(strides, axis=0)
+        stages = _stages(size, spacing, axes, FAMILIES[family])
+        divisor = np.prod(stages.strides, axis=0)
         patch = np.array([_round_up(s, d) for s, d in zip(size, divisor, strict=True)])
+        if (patch == divisor).all():
+            patch[order[-1] if order[-1] in axes else axes[0]] *= 2  # a single voxel would have no variance
         if np.prod(patch) <= most:
-            return _three(patch), _network(kernels, strides, coarsest, limits)
-        reach = np.where(inside & (patch > 2 * _COARSEST), patch * unit, 0)
+            return _three(patch), _network(stages, patch, axes, family, limits)
+        reach = np.where(inside & (patch > least), patch * unit, 0)
         axis = int(np.argmax(reach))
         size = np.minimum(size, patch).astype(float)
         size[axis] = patch[axis] - divisor[axis]
 
 
-def _stages(
-    size: NDArray[np.float64], spacing: NDArray[np.float64], axes: tuple[int, ...]
-) -> tuple[list[Three], list[Three], str]:
-    """Kernels and strides, and the size that they bring a patch down to.
+@dataclass(frozen=True)
+class _Stages:
+    """Kernels and strides of each, and why they are so."""
 
-    Stages are added while an axis can be halved: long enough, and no coarser than twice the finest of
+    kernels: list[Three]
+    strides: list[Three]
+    reason: str
+
+
+def _stages(size: NDArray[np.float64], spacing: NDArray[np.float64], axes: tuple[int, ...], family: Family) -> _Stages:
+    """Those of a family for patches of about this size."""
+    if family.stages == "uniform":
+        return _uniform(size, axes, family)
+    if family.stages == "leading":
+        return _leading(size, spacing, axes, family)
+    found = _any(size, spacing, axes, family.most_halvings)
+    if family.cubic:
+        inside = _three(np.where(np.isin(np.arange(3), axes), 3, 1))
+        return _Stages([inside] * len(found.kernels), found.strides, found.reason)
+    return _dilated(found) if family.stages == "dilated" else found
+
+
+def _any(size: NDArray[np.float64], spacing: NDArray[np.float64], axes: tuple[int, ...], most_halvings: int) -> _Stages:
+    """Stages are added while an axis can be halved: long enough, and no coarser than twice the finest of
     those long enough. A kernel spans an axis once its spacing is within twice the finest or it is
     halved, and from then on.
     """
@@ -299,24 +330,63 @@ def _stages(
         kernels.append(_three(np.where(near, 3, 1)))
         strides.append(_three(stride))
         long = inside & (size / 2 >= _COARSEST)
-        if not long.any() or len(kernels) == _MOST_STAGES:
-            return kernels, strides, _size(size[list(axes)])
+        if not long.any() or len(kernels) > most_halvings:
+            why = "coarse axes are halved, and spanned by kernels, only once the others have caught up"
+            return _Stages(kernels, strides, why)
         halve = long & (spacing <= 2 * spacing[long].min() * (1 + 1e-6))
         near |= halve
         stride = np.where(halve, 2, 1)
         size, spacing = size / stride, spacing * stride
 
 
-def _network(kernels: list[Three], strides: list[Three], coarsest: str, limits: Size) -> Decision[Network]:
-    features = [min(limits.first_features * 2**stage, limits.most_features) for stage in range(len(kernels))]
-    return Decision(
-        value=Network(features=tuple(features), kernels=tuple(kernels), strides=tuple(strides)),
-        reason=f"{len(features)} stages bring the patch down to {coarsest}; "
-        "coarse axes are halved, and spanned by kernels, only once the others have caught up",
+def _uniform(size: NDArray[np.float64], axes: tuple[int, ...], family: Family) -> _Stages:
+    """Every axis is halved in every stage, as often as the shortest one can be."""
+    shortest = float(size[list(axes)].min())
+    count = int(np.clip(np.log2(shortest / _COARSEST), family.least_halvings, family.most_halvings))
+    inside = np.isin(np.arange(3), axes)
+    strides = [(1, 1, 1), *[_three(np.where(inside, 2, 1))] * count]
+    return _Stages(
+        [_three(np.where(inside, 3, 1))] * len(strides),
+        strides,
+        "this family halves every axis at once, coarse ones too",
     )
 
 
-def _training(mirroring: tuple[Axes, str], steps: int) -> Training:
+def _leading(size: NDArray[np.float64], spacing: NDArray[np.float64], axes: tuple[int, ...], family: Family) -> _Stages:
+    """As MONAI's SegResNetDS halves: a kernel spans the axes that are halved after it."""
+    where = list(axes)
+    steps = leading([float(spacing[a]) for a in where], family.most_halvings + 1)
+    count = 1
+    while count < family.most_halvings and (size[where] / np.prod(steps[: count + 1], axis=0) >= _COARSEST).all():
+        count += 1
+    kernels, strides = np.ones((count + 1, 3), dtype=int), np.ones((count + 1, 3), dtype=int)
+    kernels[:, where] = np.where(np.array(steps[: count + 1]) == 2, 3, 1)
+    strides[1:, where] = steps[:count]
+    why = "coarse axes are halved, and spanned by kernels, only once the others have caught up, and then always"
+    return _Stages([_three(k) for k in kernels], [_three(s) for s in strides], why)
+
+
+def _dilated(found: _Stages) -> _Stages:
+    """One more stage that keeps the resolution, at an output stride of 8, or of 16 where five halvings fit."""
+    halvings = len(found.strides) - 1
+    kept = 4 if halvings > 4 else min(halvings, 3)
+    strides = [*found.strides[: kept + 1], (1, 1, 1)]
+    kernels = [*found.kernels[: kept + 1], found.kernels[-1]]
+    return _Stages(kernels, strides, f"{found.reason}; the last stage is dilated, and keeps the resolution")
+
+
+def _network(
+    stages: _Stages, patch: NDArray[np.int64], axes: tuple[int, ...], family: str, limits: Size
+) -> Decision[Network]:
+    coarsest = _size((patch / np.prod(stages.strides, axis=0))[list(axes)])
+    features = FAMILIES[family].features(limits.first_features, limits.most_features, len(stages.strides))
+    return Decision(
+        value=Network(family=family, features=features, kernels=tuple(stages.kernels), strides=tuple(stages.strides)),
+        reason=f"{len(features)} stages bring the patch down to {coarsest}; {stages.reason}",
+    )
+
+
+def _training(mirroring: tuple[Axes, str], steps: int, family: str) -> Training:
     axes, why = mirroring
     long = steps >= _LONG
     settings = Augmentation(mirror=axes) if long else Augmentation(mirror=axes, **_SLIGHT)
@@ -326,11 +396,7 @@ def _training(mirroring: tuple[Axes, str], steps: int) -> Training:
         else f"slight, as in fewer than {_LONG:,} steps a network learns more from cases as they are:"
     )
     return Training(
-        learning_rate=Decision(
-            value=1e-2,
-            reason="AdamW with warm-up and cosine decay to zero; short runs need it high: 200 steps on the brain "
-            "phantom gave Dice 0.54 at 2e-3, 0.78 at 4e-3 and 0.88 at 1e-2",
-        ),
+        learning_rate=Decision(value=FAMILIES[family].learning_rate, reason=_rate_reason(family)),
         weight_decay=Decision(value=1e-2, reason="AdamW's own"),
         foreground_share=Decision(value=0.5, reason="half of the patches hold a structure, each one as likely"),
         augmentation=Decision(
@@ -338,6 +404,16 @@ def _training(mirroring: tuple[Axes, str], steps: int) -> Training:
             reason=f"{how} rotation, scaling and intensity changes; mirrored along {_axis_names(axes)}: {why}",
         ),
     )
+
+
+def _rate_reason(family: str) -> str:
+    how = "AdamW with warm-up and cosine decay to zero; "
+    if FAMILIES[family].learning_rate == FAMILIES["unet"].learning_rate:
+        return how + (
+            "short runs need it high: 200 steps on the brain phantom gave Dice 0.54 at 2e-3, 0.78 at 4e-3 and 0.88 "
+            "at 1e-2"
+        )
+    return how + f"{family} learns nothing from the rates that a U-Net takes (benchmarks/families)"
 
 
 def _axis_names(axes: Sequence[int]) -> str:

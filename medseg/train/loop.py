@@ -664,9 +664,11 @@ def _parted(step: int, steps: int, every: int) -> bool:
 
 
 def _average(average: nn.Module, network: nn.Module, step: int) -> None:
-    """Exponential moving average of the weights; young averages forget faster."""
+    """Exponential moving average of the weights, and of what batch norm keeps of the batches; young averages
+    forget faster."""
     weight = 1 - min(_EMA, (1 + step) / (10 + step))
     with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
-        for mine, other in zip(average.buffers(), network.buffers(), strict=True):
-            mine.copy_(other)
+        mine, other = (
+            [*m.parameters(), *(b for b in m.buffers() if b.is_floating_point())] for m in (average, network)
+        )
+        torch._foreach_lerp_(mine, other, weight)
