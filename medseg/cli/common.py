@@ -142,6 +142,23 @@ class Memory(click.ParamType[int]):
         return size
 
 
+class Patch(click.ParamType[tuple[int, ...]]):
+    """Voxels along two or three axes, from ``96x96x64`` or ``256x256``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Two or three numbers of 8 to 1024."""
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"\d{1,4}(x\d{1,4}){1,2}", str(value).strip().lower()):
+            self.fail(f"{value!r} is no patch; write 96x96x64 or 256x256", param, ctx)
+        sizes = tuple(int(part) for part in str(value).strip().lower().split("x"))
+        if not all(8 <= size <= 1024 for size in sizes):
+            self.fail("a patch has 8 to 1024 voxels along each axis", param, ctx)
+        return sizes
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where a run on one task keeps its files; `medseg plan` makes it."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medseg.cli.common import FOLDER, table
+from medseg.cli.common import FOLDER, Patch, available_cores, table, threads_option
 
 if TYPE_CHECKING:
     from medseg.models.package import ModelPackage
@@ -48,6 +48,83 @@ def import_(source: Path, output: Path, configuration: str | None, folds: tuple[
         package = import_nnunet(folder, configuration=configuration, folds=folds)
     save_package(output, package)
     _show(_facts(load_package(output), output))
+
+
+@models.command()
+@click.option(
+    "--patch", type=Patch(), default="64x64x64", show_default=True, help="Voxels of a patch; two sizes for 2D."
+)
+@click.option(
+    "--features", type=click.IntRange(1, 1024), default=16, show_default=True, help="Of a U-Net's first stage."
+)
+@click.option("--channels", type=click.IntRange(1, 1000), default=1, show_default=True)
+@click.option("--classes", type=click.IntRange(2, 1000), default=3, show_default=True, help="The background is one.")
+@click.option(
+    "--measure", is_flag=True, help="Time training steps of two patches on this machine; takes a minute or two."
+)
+@threads_option
+@_json
+def families(
+    patch: tuple[int, ...],
+    features: int,
+    channels: int,
+    classes: int,
+    measure: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """The families of networks that `medseg plan --family` takes, what each is good for, and what it costs.
+
+    Parameters and multiplications (in thousand millions, of one patch forward) are counted; the memory of a
+    training step of two patches is reckoned, or with --measure measured.
+    """
+    from medseg.plan.families import TRAINED
+
+    rows = [
+        _family(name, patch, features, channels, classes, threads if measure else None, measure) for name in TRAINED
+    ]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    head = ["family", "patch", "parameters", "multiplications (G)", "training memory"] + ["step (s)"] * measure
+    click.echo(table([head, *(_told(row, measure) for row in rows)], right=(2, 3, 4, 5)))
+    click.echo()
+    click.echo(table([["family", "good for"], *([row["family"], row["good_for"]] for row in rows)]))
+
+
+def _family(
+    name: str, patch: tuple[int, ...], features: int, channels: int, classes: int, threads: int | None, measure: bool
+) -> dict[str, Any]:
+    from medseg.models.build import weigh
+    from medseg.plan.cost import estimate
+    from medseg.plan.families import FAMILIES
+    from medseg.plan.planner import sketch
+    from medseg.train.measure import measure_step
+
+    made = sketch(name, patch, features, 16 * features)
+    parameters, multiplications = weigh(made, channels, classes)
+    memory = estimate(made, channels, classes, kind="cpu", half=False).memory_bytes
+    row = {
+        "family": name,
+        "good_for": FAMILIES[name].good_for,
+        "patch": list(made.patch.value[: len(patch)]),
+        "parameters": parameters,
+        "multiplications": multiplications,
+        "memory_bytes": memory,
+    }
+    if measure:
+        step = measure_step(made, channels, classes, kind="cpu", threads=threads or available_cores())
+        row |= {"memory_bytes": step.memory_bytes, "seconds_per_step": step.seconds, "measured_on": step.measured_on}
+    return row
+
+
+def _told(row: dict[str, Any], measure: bool) -> list[str]:
+    """A family's row of the table."""
+    from medseg.plan.cost import gib
+
+    cells = ["x".join(map(str, row["patch"])), f"{row['parameters']:,}", f"{row['multiplications'] / 1e9:.2f}"]
+    cells = [row["family"], *cells, gib(row["memory_bytes"])]
+    return [*cells, f"{row['seconds_per_step']:.2f}"] if measure else cells
 
 
 @models.command()

@@ -62,6 +62,13 @@ _FOLDS = 5
 )
 @threads_option
 @click.option(
+    "--family",
+    metavar="NAME",
+    default="unet",
+    show_default=True,
+    help="Family of networks; `medseg models families` lists them.",
+)
+@click.option(
     "--optional-channel", "optional", metavar="NAME", multiple=True, help="A channel that scans may lack; repeatable."
 )
 @click.option(
@@ -83,6 +90,7 @@ def plan(
     memory: int | None,
     measure: bool,
     threads: int | None,
+    family: str,
     optional: tuple[str, ...],
     unlabelled: tuple[str, ...],
     seed: int,
@@ -99,11 +107,13 @@ def plan(
     from medseg.dataset.split import leaks, make_folds, read_folds, write_folds
     from medseg.dataset.task import load_task
     from medseg.io.files import new_folder, write_json
+    from medseg.plan.families import require_family
     from medseg.plan.fingerprint import fingerprint
     from medseg.plan.plan import write_plan
     from medseg.plan.planner import plan as make_plan
     from medseg.plan.unlabelled import Unlabelled
 
+    require_family(family, unlabelled=bool(unlabelled))
     loaded = load_task(task)
     scans = len(unlabelled_cases(loaded)) if unlabelled else 0
     wanted = Unlabelled(scans, pretrain="pretrain" in unlabelled, teacher="teacher" in unlabelled)
@@ -113,7 +123,9 @@ def plan(
     at_hand = measure and (kind == "cpu" or _this_machine() == "gpu")
     target = _target(kind, dict(budget), steps, gpu_memory if kind == "gpu" else memory, at_hand)
     meter = _meter(kind, threads or available_cores()) if at_hand else None
-    decided = make_plan(measured, loaded.labels, wanted.leaves(target), meter=meter, optional_channels=optional)
+    decided = make_plan(
+        measured, loaded.labels, wanted.leaves(target), meter=meter, optional_channels=optional, family=family
+    )
     if unlabelled:
         decided = wanted.decided(decided, len(loaded.cases), target)
     kept = not splits and run.folds_file.exists()
@@ -207,7 +219,7 @@ def _told(name: str, c: Configuration) -> str:
         steps = f"{c.members.value} networks of {steps}"
     known = f"measured on {c.cost.measured_on}" if c.cost.measured_on else "reckoned, not measured"
     return (
-        f"{text}, {c.network.value.features[0]} features; {steps}, "
+        f"{text}, {c.network.value.family} of {c.network.value.features[0]} features; {steps}, "
         f"{duration(3600 * c.cost.hours)}, {gib(c.cost.memory_bytes)} ({known}), {gib(c.cost.disk_bytes)} of disk"
     )
 

@@ -12,6 +12,7 @@ from medseg.core.memory import free_memory
 from medseg.infer.engine import Engine
 from medseg.infer.window import Tiling, lay
 from medseg.plan.cost import OVERLAP
+from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration
 
 # Of the memory that is free when a prediction starts, so much is used unless told otherwise.
@@ -60,6 +61,8 @@ def within(
 
 def workspace(configuration: Configuration, outputs: int) -> int:
     """Bytes that the network takes for one tile: at full resolution a decoder's stage holds what it
-    joins (twice its features), its result, and the tile's logits twice."""
-    features = configuration.network.value.features[0]
-    return 4 * int(np.prod(configuration.patch.value)) * (4 * features + 2 * outputs)
+    joins (twice its features), its result, and the tile's logits twice; of other families than the U-Net by what
+    they take in training."""
+    network = configuration.network.value
+    features = 4 * network.features[0] * max(1.0, FAMILIES[network.family].memory)
+    return int(4 * np.prod(configuration.patch.value) * (features + 2 * outputs))

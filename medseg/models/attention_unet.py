@@ -20,7 +20,7 @@ def attention_unet(configuration: Configuration, channels: int, classes: int) ->
         in_channels=channels,
         out_channels=classes,
         channels=[stage.features for stage in stages],
-        strides=[stage.stride for stage in stages[1:]],  # type: ignore[misc]
+        strides=[stage.stride for stage in stages[1:]],
         kernel_size=stages[0].kernel,
         up_kernel_size=stages[0].kernel,
     )

@@ -99,6 +99,19 @@ def build(configuration: Configuration, channels: int, classes: int) -> nn.Modul
     return network
 
 
+def weigh(configuration: Configuration, channels: int, classes: int) -> tuple[int, int]:
+    """The parameters of a configuration's network, and the multiplications of one forward pass of one patch, by
+    its convolutions and matrix products, counted while they run."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = build(configuration, channels, classes).eval()
+    patch = [n for axis, n in enumerate(configuration.patch.value) if axis != configuration.slice_axis]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros((1, channels, *patch)))
+    return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
+
+
 def _only_floats(network: nn.Module) -> None:
     """Of what a network holds only real numbers are learnt and so are kept in files: batch norm does not count
     its batches, and tables of indices are made anew."""

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from medseg.core.errors import InputError
+from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Network, Three
 
 # Tensors of a stage's features that autograd keeps: of each of two convolutions what it gives and what
@@ -79,9 +80,10 @@ class Estimate:
 
 
 def estimate(configuration: Configuration, channels: int, classes: int, *, kind: Kind, half: bool) -> Estimate:
-    """Memory and work of a training step of medseg's own U-Net on a ``cpu`` or ``gpu``; ``half`` where
-    features are bfloat16."""
+    """Memory and work of a training step on a ``cpu`` or ``gpu``: those of medseg's own U-Net of the same stages,
+    by what the family was found to take of them; ``half`` where features are bfloat16."""
     network, batch = configuration.network.value, configuration.batch.value
+    family = FAMILIES[network.family]
     size = 2 if half else 4
     voxels = _stage_voxels(network, configuration.patch.value)
     features, last = network.features, len(network.features) - 1
@@ -95,8 +97,8 @@ def estimate(configuration: Configuration, channels: int, classes: int, *, kind:
     parameters, multiplications = _convolutions(network, voxels, channels, classes)
     weights = parameters * (4 * _WEIGHTS + (2 if half else 0))
     return Estimate(
-        memory_bytes=int(batch * (kept + passing) + weights) + _BUFFERS[kind],
-        work=batch * (3 * multiplications + _PER_VALUE * kept / size),
+        memory_bytes=int(family.memory * batch * (kept + passing) + weights) + _BUFFERS[kind],
+        work=family.work * batch * (3 * multiplications + _PER_VALUE * kept / size),
         parameters=parameters,
     )
 

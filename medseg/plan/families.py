@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from medseg.core.errors import InputError
+
 _Three: TypeAlias = tuple[int, int, int]
 
 
@@ -35,6 +37,7 @@ class Family:
     learning_rate: float = 1e-2
     work: float = 1.0
     memory: float = 1.0
+    counts: bool = False
     trained: bool = True
 
     def features(self, first: int, most: int, stages: int) -> tuple[int, ...]:
@@ -86,13 +89,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "fcn": Family("large round organs, quickly: a residual encoder whose coarse answers are enlarged"),
     "deeplab": Family("large organs in much context: a dilated residual encoder that sees far", stages="dilated"),
-    "mask-rcnn": Family("things that are counted: lesions, nodules, cells, vertebrae, one by one"),
+    "mask-rcnn": Family("things that are counted: lesions, nodules, cells, vertebrae, one by one", counts=True),
     "nnunet-plain": Family("imported from nnU-Net", trained=False),
     "nnunet-residual": Family("imported from nnU-Net", trained=False),
 }
 TRAINED = tuple(name for name, family in FAMILIES.items() if family.trained)
 # Whose stages may be any.
 _FREE = "unet and resunet"
+
+
+def require_family(name: str, *, unlabelled: bool = False) -> None:
+    """InputError for a family that medseg does not train, or not on scans without labels too."""
+    if name not in TRAINED:
+        raise InputError(f"no family of networks is called {name!r}", f"There are {', '.join(TRAINED)}")
+    if unlabelled and FAMILIES[name].counts:
+        raise InputError(f"{name} learns from labelled scans alone", "Plan without --unlabelled, or another family")
 
 
 def fault(name: str, kernels: Sequence[_Three], strides: Sequence[_Three], axes: Sequence[int]) -> str | None:

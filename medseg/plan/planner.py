@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
 from medseg.plan.cost import Meter
-from medseg.plan.families import FAMILIES, TRAINED, Family, leading
+from medseg.plan.families import FAMILIES, Family, leading, require_family
 from medseg.plan.fingerprint import Fingerprint
 from medseg.plan.mirror import Axes, mirrored
 from medseg.plan.plan import (
@@ -73,8 +73,7 @@ def plan(
     for a budget of an unknown configuration, for an unknown family, and where not even its smallest network fits
     the memory.
     """
-    if family not in TRAINED:
-        raise InputError(f"no family of networks is called {family!r}", f"There are {', '.join(TRAINED)}")
+    require_family(family)
     target = target or Target()
     if target.kind not in ("cpu", "gpu"):
         raise InputError(f"no plan is made for the machine {target.kind!r}", "Say cpu or gpu")
@@ -249,6 +248,29 @@ def _slices(measured: Fingerprint, size: Size, family: str) -> Configuration:
         ),
         batch=Decision(value=batch, reason="as many slices as cost about a 3D step"),
         network=network,
+    )
+
+
+def sketch(family: str, patch: Sequence[int], first_features: int, most_features: int) -> Configuration:
+    """A network of a family for patches of so many cubic voxels, two sizes for 2D, lengthened to what its strides
+    divide; for whoever compares families. Raises InputError for an unknown family."""
+    require_family(family)
+    axes, size = tuple(range(len(patch))), np.array([*patch, 1][:3], dtype=float)
+    size[list(axes)] = np.maximum(size[list(axes)], max(2, 2 ** FAMILIES[family].least_halvings))
+    stages = _stages(size, np.ones(3), axes, FAMILIES[family])
+    divisor = np.prod(stages.strides, axis=0)
+    whole = np.array([_round_up(s, d) for s, d in zip(size, divisor, strict=True)])
+    if (whole == divisor).all():
+        whole[0] *= 2
+    limits = Size(0, 0, first_features, most_features, 0)
+    asked = "as asked for"
+    return Configuration(
+        dimensions=3 if len(axes) == 3 else 2,
+        slice_axis=None if len(axes) == 3 else 2,
+        spacing=Decision(value=(1.0, 1.0, 1.0), reason=asked),
+        patch=Decision(value=_three(whole), reason=asked),
+        batch=Decision(value=2, reason="the smallest batch"),
+        network=_network(stages, whole, axes, family, limits),
     )
 
 
