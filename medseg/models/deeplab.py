@@ -12,6 +12,7 @@ from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from medseg.models.layers import Axes, Backbone, Stage, convolution, enlarged, stages_of
+from medseg.models.norm import with_quick_norms
 from medseg.plan.plan import Configuration
 
 # Dilations of the pooling's branches, as shares of the coarsest features' extent: its authors' 6, 12 and 18 of 33
@@ -79,4 +80,4 @@ def _rates(stages: list[Stage], size: Axes) -> list[Axes]:
 def deeplab(configuration: Configuration, channels: int, classes: int) -> nn.Module:
     """See `medseg.models.build.build`."""
     size = tuple(n for axis, n in enumerate(configuration.patch.value) if axis != configuration.slice_axis)
-    return DeepLab(stages_of(configuration), channels, classes, size)
+    return with_quick_norms(DeepLab(stages_of(configuration), channels, classes, size))

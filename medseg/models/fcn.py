@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from medseg.models.layers import Backbone, Stage, convolution, enlarged, stages_of
+from medseg.models.norm import with_quick_norms
 from medseg.plan.plan import Configuration
 
 _FUSED = 3
@@ -40,4 +41,4 @@ class FCN(nn.Module):
 def fcn(configuration: Configuration, channels: int, classes: int) -> nn.Module:
     """See `medseg.models.build.build`."""
     fused = configuration.network.value.fused or _FUSED
-    return FCN(stages_of(configuration), channels, classes, fused)
+    return with_quick_norms(FCN(stages_of(configuration), channels, classes, fused))

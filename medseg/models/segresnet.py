@@ -7,6 +7,7 @@ from monai.networks.nets.segresnet_ds import SegResNetDS
 from torch import nn
 
 from medseg.models.layers import INSTANCE, Stage, stages_of
+from medseg.models.norm import with_quick_norms
 from medseg.plan.plan import Configuration
 
 # Residual blocks of each stage, of which there are more where they cost less (Auto3DSeg's).
@@ -17,7 +18,7 @@ _SUPERVISED = 3
 def segresnet(configuration: Configuration, channels: int, classes: int) -> nn.Module:
     """See `medseg.models.build.build`. Instance norm where MONAI's default is batch norm, since batches are small."""
     stages = stages_of(configuration)
-    return SegResNetDS(
+    network = SegResNetDS(
         spatial_dims=configuration.dimensions,
         init_filters=stages[0].features,
         in_channels=channels,
@@ -27,6 +28,7 @@ def segresnet(configuration: Configuration, channels: int, classes: int) -> nn.M
         dsdepth=min(_SUPERVISED, len(stages) - 1),
         resolution=_resolution(stages),
     )
+    return with_quick_norms(network)
 
 
 def _resolution(stages: list[Stage]) -> tuple[float, ...]:

@@ -8,43 +8,14 @@ from typing import Any
 import torch
 from monai.networks.nets.dynunet import DynUNet, UnetBasicBlock
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from medseg.models.norm import norm_activation
 from medseg.plan.plan import Configuration
 
 # Below a quarter of the resolution supervision adds cost and little else.
 _SUPERVISED = 2
 _SLOPE = 0.01
 _EPSILON = 1e-5
-
-
-class _NormActivation(torch.autograd.Function):
-    """Instance norm and leaky ReLU of (B, C, ...) in channels-last order, as few passes over memory as
-    torch's operations allow: on a processor torch's own backward pass takes two to three times as long."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        batch, channels = x.shape[:2]
-        voxels = x.shape[2:].numel()
-        out, mean, inverse = torch.native_group_norm(x, weight, bias, batch, channels, voxels, channels, _EPSILON)
-        F.leaky_relu_(out, _SLOPE)
-        ctx.save_for_backward(x, out, mean, inverse, weight)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, out, mean, inverse, weight = ctx.saved_tensors
-        spatial = tuple(range(2, x.ndim))
-        mean, inverse = (v.view(*x.shape[:2], *(1 for _ in spatial)) for v in (mean, inverse))
-        gradient = torch.ops.aten.leaky_relu_backward(gradient, out, _SLOPE, True)
-        of_bias = gradient.sum(spatial, keepdim=True)
-        of_weight = ((gradient * x).sum(spatial, keepdim=True) - mean * of_bias) * inverse
-        scale = inverse * weight.view(-1, *(1 for _ in spatial))
-        slope = -scale * inverse * of_weight / x[0, 0].numel()
-        of_x = torch.addcmul(-scale * of_bias / x[0, 0].numel() - slope * mean, x, slope).addcmul_(gradient, scale)
-        return of_x, of_weight.sum(0).flatten(), of_bias.sum(0).flatten()
 
 
 class Block(nn.Module):
@@ -66,8 +37,7 @@ class Block(nn.Module):
     def _half(self, x: Tensor, convolution: Any, norm: Any) -> Tensor:
         x = convolution(x)
         if self.training and norm.weight.device.type == "cpu" and not torch.compiler.is_compiling():
-            order = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-            return _NormActivation.apply(x.contiguous(memory_format=order), norm.weight, norm.bias)
+            return norm_activation(x, norm.weight, norm.bias, _EPSILON, _SLOPE)
         out: Tensor = self.get_submodule("lrelu")(norm(x))
         return out
 
