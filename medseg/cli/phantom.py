@@ -12,7 +12,7 @@ from medseg.cli.common import FOLDER, progress, seed_option
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option(
-    "-t", "--task", "names", multiple=True, help="abdomen, brain or prostate; may be repeated.  [default: all]"
+    "-t", "--task", "names", multiple=True, help="abdomen, brain, prostate or counted; may be repeated.  [default: all]"
 )
 @click.option("--cases", type=int, default=20, show_default=True, help="Training cases in each task.")
 @seed_option

@@ -26,6 +26,7 @@ from medseg.dataset.task import (
     UnpairedError,
     in_place,
     load_image,
+    load_instances,
     load_labels,
     load_task,
     pair_files,
@@ -168,6 +169,8 @@ def _check_case(folder: Path, task: Task | None, case: Case, unpaired: InputErro
             values, grid = label_map.values, label_map.grid
             if volume:
                 require_same_grid(volume, label_map, case.id)
+            if case.instances:
+                load_instances(task, case)
         else:
             values, grid = _in_place(read_raw_labels, folder, case.label)
     except InputError as error:

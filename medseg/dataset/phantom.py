@@ -171,6 +171,13 @@ class Scene:
         """The label (X, Y, Z) at each voxel's centre."""
         return self._label_of()[self._topmost(self.grid)]
 
+    def instances(self) -> NDArray[np.uint8]:
+        """For each voxel's centre (X, Y, Z) the number, from 1, of the labelled body that it shows; 0
+        where it shows none."""
+        labels = self._label_of()
+        numbers = np.where(labels > 0, np.cumsum(labels > 0), 0)
+        return numbers.astype(np.uint8)[self._topmost(self.grid)]
+
     def labels_at(self, points: ArrayLike) -> NDArray[np.uint8]:
         """The label (...) at points (..., 3) in mm."""
         where = np.moveaxis(np.asarray(points, dtype=np.float64), -1, 0)
@@ -487,13 +494,91 @@ def _prostate(rng: Generator) -> Scene:
     return Scene(grid, tuple(bodies), (0.0, 0.0), (gain * _between(rng, 15, 28), _between(rng, 60, 100)), bias=0.15)
 
 
+def _counted(rng: Generator) -> Scene:
+    """CT of 3 to 12 spheres and as many winding tubes, apart from each other and wholly in view."""
+    spacing = (1.5, 1.5, _between(rng, 3.0, 4.0)) if rng.random() < 0.4 else (_between(rng, 1.4, 1.7),) * 3
+    oblique = 10.0 if rng.random() < 0.3 else 0.0
+    extent = rng.uniform(100, 112, 3)
+    grid = _grid(rng, _near(rng, (0, 0, 0), 30), extent, spacing, oblique=oblique, flip=rng.random() < 0.3)
+    # Further apart than two voxels that touch by a corner, so that no two things are one component.
+    gap = float(np.linalg.norm(grid.spacing)) + 0.5
+    taken: list[tuple[Float64, float]] = []
+
+    def place(draw: Callable[[Float64], Blob | Tube]) -> Blob | Tube | None:
+        for _ in range(400):
+            solid = draw(grid.to_world(rng.uniform(0, 1, 3) * (np.array(grid.shape) - 1)))
+            line, radius = _skeleton(solid)
+            inside = np.array(grid.shape) - 1 - radius / np.array(grid.spacing)
+            at = grid.to_index(line)
+            if (at < radius / np.array(grid.spacing)).any() or (at > inside).any():
+                continue
+            if all(_distance(line, other) > radius + size + gap for other, size in taken):
+                taken.append((line, radius))
+                return solid
+        return None
+
+    def tissue() -> tuple[float, ...]:
+        return (_between(rng, 110, 190),)
+
+    def sphere(at: Float64) -> Blob:
+        return Blob(at, np.full(3, _between(rng, 4, 8)))
+
+    def tube(at: Float64) -> Tube:
+        sway = (_between(rng, 0, 4), _between(rng, 0, 4))
+        turns, phase = _between(rng, 0.1, 0.2), _between(rng, 0, 6)
+        return Tube(at, _between(rng, 9, 17), _between(rng, 2.5, 4), _turn(rng, 180), sway, turns, phase)
+
+    def lump(at: Float64) -> Blob:
+        return _blob(rng, at, np.full(3, _between(rng, 9, 12)), turn=90, height=0.5)
+
+    def slab(at: Float64) -> Blob:
+        return _blob(rng, at, (_between(rng, 8, 12), _between(rng, 8, 12), 3), turn=180, height=0)
+
+    middle = grid.to_world((np.array(grid.shape) - 1) / 2)
+    bodies = []
+    for _ in range(6):
+        pocket = _blob(rng, _near(rng, middle, extent / 2), rng.uniform(12, 28, 3), turn=90, height=0.3)
+        bodies.append(Body(pocket, (_between(rng, -110, 70),)))
+    spheres, tubes = (int(n) for n in rng.integers(3, 13, 2))
+    # Tubes first, which need the most room; last, as far as there is any left, what looks like either but is
+    # none: lumps, slabs and shells of the same intensities.
+    found = [(2, place(tube)) for _ in range(tubes)]
+    found += [(1, place(sphere)) for _ in range(spheres)]
+    decoys = [place(draw) for draw in (lump, slab) * 3]
+    shells = [place(lambda at: Blob(at, np.full(3, _between(rng, 6, 9)))) for _ in range(3)]
+    bodies += [Body(one, tissue()) for one in (*decoys, *shells) if one]
+    bodies += [Body(one.grown(0.6), (_between(rng, 0, 60),)) for one in shells if isinstance(one, Blob)]
+    bodies += [Body(one, tissue(), label) for label, one in found if one]
+    return Scene(grid, tuple(bodies), (_between(rng, 30, 50),), (_between(rng, 15, 30),), floor=-1024)
+
+
+def _skeleton(solid: Blob | Tube) -> tuple[Float64, float]:
+    """Points (n, 3) in mm and the radius about them within which a solid lies: a tube's line, each mm, or
+    a blob's centre."""
+    if isinstance(solid, Blob):
+        return solid.centre[None], solid.reach
+    along = np.linspace(-solid.half, solid.half, int(2 * solid.half) + 2)
+    angle = solid.turns * along + solid.phase
+    sides = (solid.sway[0] * np.sin(angle), solid.sway[1] * np.cos(angle), along)
+    # Half a step between points is less than what is added to the gap.
+    line = sum(side[:, None] * axis for side, axis in zip(sides, solid.axes.T, strict=True))
+    return solid.centre + line, solid.radius
+
+
+def _distance(one: Float64, other: Float64) -> float:
+    """The least distance between two sets of points (n, 3)."""
+    apart = one[:, None] - other
+    return float(np.sqrt((apart * apart).sum(axis=2).min()))
+
+
 # Tasks
 
 
 @dataclass(frozen=True)
 class Builder:
     """How the cases of a task are made. ``number`` sets its random numbers apart from those of
-    other tasks; ``draw`` decides a scene; a case shows at least ``least`` voxels of every label."""
+    other tasks; ``draw`` decides a scene; a case shows at least ``least`` voxels of every label.
+    Where the labelled bodies are ``counted``, each is an instance, and is written as one."""
 
     folder: str
     number: int
@@ -502,6 +587,7 @@ class Builder:
     labels: LabelSet
     draw: Callable[[Generator], Scene]
     least: int
+    counted: bool = False
 
     def scene(self, case: int, seed: int) -> tuple[Scene, Generator]:
         """A case, and the generator of its noise. Neither depends on how many cases there are."""
@@ -542,6 +628,16 @@ TASKS: dict[str, Builder] = {
         _prostate,
         200,
     ),
+    "counted": Builder(
+        "Phantom_Counted",
+        4,
+        "Spheres and tubes to be counted in CT, among lumps, slabs and shells of the same intensities",
+        ("CT",),
+        LabelSet.from_names(["sphere", "tube"]),
+        _counted,
+        60,
+        counted=True,
+    ),
 }
 
 
@@ -551,6 +647,18 @@ def truth(task: str, case: int, seed: int, points: ArrayLike) -> NDArray[np.uint
     Raises InputError for a task that is not in `TASKS`.
     """
     return _builder(task).scene(case, seed)[0].labels_at(points)
+
+
+def counted(task: str, case: int, seed: int) -> tuple[Body, ...]:
+    """The labelled bodies of one case of a task in which they are counted, that of instance 1 first: how many
+    there are, of which label, where and how large.
+
+    Raises InputError for a task that is not in `TASKS`, or in which nothing is counted.
+    """
+    builder = _builder(task)
+    if not builder.counted:
+        raise InputError(f"nothing is counted in the phantom {task!r}", "Take one that has instancesTr")
+    return tuple(body for body in builder.scene(case, seed)[0].bodies if body.label)
 
 
 def phantom(folder: Path, name: str, *, cases: int = 20, seed: int = 0, progress: Progress = silent) -> Path:
@@ -575,6 +683,8 @@ def phantom(folder: Path, name: str, *, cases: int = 20, seed: int = 0, progress
         write_volume(root / f"images{part}" / file, Volume(scene.image(rng), scene.grid))
         if case < cases:
             write_labels(root / "labelsTr" / file, LabelMap(scene.labels(), scene.grid, builder.labels))
+        if case < cases and builder.counted:
+            write_volume(root / "instancesTr" / file, Volume(scene.instances()[None], scene.grid))
     write_json(root / "dataset.json", _dataset(builder, files[:cases], files[cases:], seed))
     return root
 
@@ -588,7 +698,7 @@ def _builder(name: str) -> Builder:
 def _clear(root: Path, name: str) -> None:
     """Take away what an earlier run wrote, dataset.json first."""
     (root / "dataset.json").unlink(missing_ok=True)
-    for part in ("imagesTr", "labelsTr", "imagesTs"):
+    for part in ("imagesTr", "labelsTr", "instancesTr", "imagesTs"):
         for file in (root / part).glob(f"{name}_[0-9]*.nii.gz"):
             file.unlink()
 

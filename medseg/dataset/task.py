@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medseg.core.errors import InputError
 from medseg.core.grid import SAME_GRID_MM
+from medseg.core.instances import InstanceMap, described
 from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap, Volume
 from medseg.core.words import count
 from medseg.io.files import read_json
-from medseg.io.nifti import is_nifti, read_labels, read_volume, stem
+from medseg.io.nifti import is_nifti, read_labels, read_raw_labels, read_volume, stem
 
 # Label maps are written as 16-bit integers at most.
 _LARGEST_LABEL = 65_535
@@ -27,12 +31,14 @@ _LAYOUT = "A task needs dataset.json, imagesTr and labelsTr; see data/README.md"
 
 @dataclass(frozen=True)
 class Case:
-    """One scan of a task: its id (the file's name), its files, and whose it is."""
+    """One scan of a task: its id (the file's name), its files, and whose it is. ``instances`` numbers what
+    its label map shows, where that is to be counted."""
 
     id: str
     image: Path
     label: Path | None
     subject: str
+    instances: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class Task:
 def load_task(folder: Path) -> Task:
     """Read ``dataset.json`` as the Decathlon wrote it, misspelt keys (``licence``, ``relase``) and
     all. Where it has no ``training``, the cases are the files of ``imagesTr`` with those of the same
-    name in ``labelsTr``. No image is opened.
+    name in ``labelsTr``. Where there is a folder ``instancesTr``, each has a file of its label's name there.
+    No image is opened.
 
     Raises InputError where the folder is no Decathlon task, a needed key is missing or of the wrong
     kind, a case comes twice or a path leads out of the folder.
@@ -102,8 +109,8 @@ def load_task(folder: Path) -> Task:
         folder=folder,
         channels=tuple(channels[i] for i in range(len(channels))),
         labels=LabelSet(tuple(Label(name, number) for number, name in names.items() if number != 0)),
-        cases=tuple(Case(stem(image), image, label, _subject(title, stem(image), subjects)) for image, label in paired),
-        test=tuple(Case(stem(i), i, None, _subject(title, stem(i), subjects)) for i in test),
+        cases=tuple(_case(folder, title, subjects, image, label) for image, label in paired),
+        test=tuple(_case(folder, title, subjects, image, None) for image in test),
         description=_told(described, "description"),
         licence=_told(described, "licence", "license"),
         reference=_told(described, "reference"),
@@ -117,6 +124,12 @@ def load_task(folder: Path) -> Task:
     if not len(task.labels):
         raise InputError(f"dataset.json of {task.name} lists no label but the background", "Add the structures")
     return task
+
+
+def _case(folder: Path, title: str, subjects: Mapping[str, str], image: Path, label: Path | None) -> Case:
+    place = folder / "instancesTr"
+    instances = place / label.name if label and place.is_dir() else None
+    return Case(stem(image), image, label, _subject(title, stem(image), subjects), instances)
 
 
 def load_image(task: Task, case: Case) -> Volume:
@@ -144,6 +157,46 @@ def load_labels(task: Task, case: Case) -> LabelMap:
         return read_labels(case.label, task.labels)
     except InputError as error:
         raise in_place(error, task.folder, case.label).of_case(case.id) from None
+
+
+def load_instances(task: Task, case: Case) -> InstanceMap:
+    """The case's reference instances, each of the label that its voxels have in the label map. What has a label
+    and no number is not counted.
+
+    InputError (naming the case) where they are not sound, not on the grid of the labels, or where the voxels of
+    a number have several labels or none.
+    """
+    if case.instances is None:
+        raise InputError("it has no instances", "Number its things in instancesTr", case=case.id)
+    _require_there(task, case, case.instances)
+    labels = load_labels(task, case)
+    try:
+        values, grid = read_raw_labels(case.instances)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > _LARGEST_LABEL:
+            strange = low if low < 0 else high
+            raise InputError(f"{case.instances.name} has the number {strange}", f"Number from 1 to {_LARGEST_LABEL}")
+    except InputError as error:
+        raise in_place(error, task.folder, case.instances).of_case(case.id) from None
+    if not grid.matches(labels.grid):
+        remedy = "Number the voxels of the labels"
+        raise InputError("its instances and labels are not on one grid", remedy, case=case.id)
+    return described(values.astype(np.min_scalar_type(high), copy=False), grid, _labels_of(values, labels, case), {})
+
+
+def _labels_of(instances: NDArray[Any], labels: LabelMap, case: Case) -> dict[int, int]:
+    """The label of each number of ``instances`` (X, Y, Z)."""
+    counted = instances > 0
+    step = max(labels.labels.numbers) + 1
+    pairs = np.unique(instances[counted].astype(np.int64) * step + labels.values[counted])
+    found: dict[int, int] = {}
+    for number, label in zip((pairs // step).tolist(), (pairs % step).tolist(), strict=True):
+        names = [labels.labels.name_of(one) if one else "the background" for one in (found.get(number, label), label)]
+        if number in found or not label:
+            fault = f"instance {number} lies on {' and '.join(dict.fromkeys(names))}"
+            raise InputError(fault, "Let each lie on one label of the label map, and nowhere else", case=case.id)
+        found[number] = label
+    return found
 
 
 def load_case(task: Task, case: Case) -> tuple[Volume, LabelMap]:

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from medseg.core.errors import InputError
-from medseg.dataset.phantom import TASKS, phantom, truth
+from medseg.core.instances import components
+from medseg.core.volume import LabelMap
+from medseg.dataset.phantom import TASKS, Blob, counted, phantom, truth
+from medseg.dataset.task import load_instances, load_labels, load_task
 from medseg.io.files import read_json
 from medseg.io.nifti import read_labels, read_volume
 
@@ -49,6 +52,8 @@ def test_layout_is_that_of_the_decathlon(written):
     assert list(task["modality"].values()) == list(builder.channels)
     assert task["labels"] == {"0": "background", **{str(label.number): label.name for label in builder.labels}}
     listed = [*(f for pair in task["training"] for f in pair.values()), *task["test"], "dataset.json"]
+    if builder.counted:
+        listed += [pair["label"].replace("labelsTr", "instancesTr") for pair in task["training"]]
     assert sorted(str(Path(f)) for f in listed) == sorted(contents(root))
 
 
@@ -69,7 +74,7 @@ def test_every_case_shows_every_label_on_its_images_grid(written):
         labels = read_labels(root / "labelsTr" / file, TASKS[name].labels)
         assert image.grid == labels.grid
         assert image.channels == len(TASKS[name].channels)
-        assert labels.values.size < 200_000
+        assert labels.values.size < 500_000
         assert np.bincount(labels.values.ravel()).min() >= TASKS[name].least
         theirs = nib.load(root / "imagesTr" / file)
         assert theirs.shape == image.grid.shape + ((image.channels,) if image.channels > 1 else ())
@@ -86,7 +91,51 @@ def test_abdomen_comes_in_both_storage_orders_and_prostate_oblique():
     assert len({bool(np.count_nonzero(grid.affine[:3, :3]) > 3) for grid in draw["prostate"]}) == 2
 
 
+def middle_of(solid):
+    """The mean (3,) of a sphere, or of a tube along its line."""
+    if isinstance(solid, Blob):
+        return solid.centre
+    along = np.linspace(-solid.half, solid.half, 200)
+    angle = solid.turns * along + solid.phase
+    sides = np.stack([solid.sway[0] * np.sin(angle), solid.sway[1] * np.cos(angle), along])
+    return solid.centre + solid.axes @ sides.mean(axis=1)
+
+
+def test_what_is_counted_is_as_many_where_and_as_large_as_the_formula_says(tmp_path):
+    task = load_task(phantom(tmp_path, "counted", cases=5, seed=3))
+    for number, case in enumerate(task.cases):
+        bodies, found, labels = counted("counted", number, 3), load_instances(task, case), load_labels(task, case)
+        parts = components(labels)
+        assert [one.label for one in found.instances] == [body.label for body in bodies]
+        assert [one.number for one in found.instances] == list(range(1, len(bodies) + 1))
+        assert ((found.values > 0) == (parts.values > 0)).all()
+        pairs = np.unique(np.stack([found.values, parts.values])[:, found.values > 0], axis=1)
+        assert pairs.shape[1] == len(parts.instances) == len(bodies)
+        spacing = np.array(found.grid.spacing)
+        for one, body in zip(found.instances, bodies, strict=True):
+            assert np.linalg.norm(middle_of(body.solid) - one.centre_mm) < spacing.max()
+            if isinstance(body.solid, Blob):
+                ball = 4 / 3 * np.pi * body.solid.radii[0] ** 3 / 1000
+                assert one.volume_ml == pytest.approx(ball, rel=0.1 if spacing.max() < 2 else 0.3)
+
+
+def test_scans_of_things_to_count_differ():
+    scenes = [TASKS["counted"].draw(np.random.default_rng(n)) for n in range(25)]
+    for label in (1, 2):
+        many = [sum(body.label == label for body in scene.bodies) for scene in scenes]
+        assert min(many) <= 5
+        assert max(many) >= 10
+        assert all(3 <= n <= 12 for n in many)
+    thick = [scene.grid.spacing[2] > 2 * scene.grid.spacing[0] - 0.5 for scene in scenes]
+    assert 5 < sum(thick) < 20
+    scene = scenes[0]
+    apart = components(LabelMap(scene.labels(), scene.grid, TASKS["counted"].labels))
+    assert len(apart.instances) == sum(body.label > 0 for body in scene.bodies)
+
+
 def test_refusals(tmp_path):
+    with pytest.raises(InputError, match="nothing is counted in the phantom 'brain'"):
+        counted("brain", 0, 0)
     with pytest.raises(InputError, match="abdomen, brain, prostate"):
         phantom(tmp_path, "heart")
     with pytest.raises(InputError, match="heart"):

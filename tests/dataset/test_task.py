@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from medseg.core.errors import InputError
-from medseg.dataset.task import Case, load_case, load_image, load_labels, load_task
+from medseg.dataset.check import check
+from medseg.dataset.task import Case, load_case, load_image, load_instances, load_labels, load_task
 
 LIVER: dict[str, Any] = {
     "name": "Liver",
@@ -384,3 +385,75 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path, tiny_task: Any, which
     (tmp_path / "Task50_blobs" / which / "blob_000.nii.gz").unlink()
     with pytest.raises(InputError, match=rf"case blob_000: {which}/blob_000.nii.gz is missing\. Put the file"):
         load_case(task, task.cases[0])
+
+
+# ---- instances ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(tiny_task: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A task whose two blobs are the instances 1 and 2 of each case, and the first case's file of these."""
+    folder = tiny_task(tmp_path / "Task00_blobs", 3)
+    (folder / "instancesTr").mkdir()
+    for path in (folder / "labelsTr").glob("*.nii.gz"):
+        (folder / "instancesTr" / path.name).write_bytes(path.read_bytes())
+    return folder, sorted((folder / "instancesTr").iterdir())[0]
+
+
+def rewritten(path: Path, change: Callable[[Any], Any]) -> None:
+    old = nib.load(path)
+    values = change(np.asarray(old.dataobj).astype(np.int32))
+    nib.save(nib.Nifti1Image(values, old.affine, old.header, dtype=np.int32), path)
+
+
+def test_instances_are_those_of_the_file_and_have_their_voxels_label(numbered: tuple[Path, Path]) -> None:
+    folder, path = numbered
+
+    def change(values: Any) -> Any:
+        values[values == 1] = 40  # as numbers go, 2 may be left out, and so may voxels
+        values[values == 2] = 0
+        return values
+
+    rewritten(path, change)
+    task = load_task(folder)
+    found, labels = load_instances(task, task.cases[0]), load_labels(task, task.cases[0])
+    assert [(one.number, one.label, one.score) for one in found.instances] == [(40, 1, 1.0)]
+    assert ((found.values == 40) == (labels.values == 1)).all()
+    assert [one.label for one in load_instances(task, task.cases[1]).instances] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda v: np.where(v == 0, 3, v), "instance 3 lies on the background. Let each lie on one label"),
+        (lambda v: np.minimum(v, 1), "instance 1 lies on left blob and right blob"),
+        (lambda v: np.ones_like(v), "instance 1 lies on the background"),
+        (lambda v: -v, "instancesTr/blob_000.nii.gz has the number -2. Number from 1"),
+        (lambda v: v * 70_000, "has the number 140000"),
+        (lambda v: v[:-1], "its instances and labels are not on one grid. Number the voxels of the labels"),
+    ],
+)
+def test_instances_that_are_not_sound_are_refused_by_case(
+    numbered: tuple[Path, Path], change: Callable[[Any], Any], fault: str
+) -> None:
+    folder, path = numbered
+    rewritten(path, change)
+    task = load_task(folder)
+    with pytest.raises(InputError) as caught:
+        load_instances(task, task.cases[0])
+    assert str(caught.value).startswith("case blob_000: ")
+    assert fault in str(caught.value)
+    row = check(folder).cases[0]
+    assert [p.severity for p in row.problems] == ["error"]
+    assert fault in str(row.problems[0])
+
+
+def test_missing_instances_are_refused_by_case(numbered: tuple[Path, Path]) -> None:
+    folder, path = numbered
+    path.unlink()
+    task = load_task(folder)
+    with pytest.raises(InputError, match=r"case blob_000: instancesTr/blob_000.nii.gz is missing"):
+        load_instances(task, task.cases[0])
+    plain = Case("x", task.cases[0].image, task.cases[0].label, "x")
+    with pytest.raises(InputError, match="case x: it has no instances"):
+        load_instances(task, plain)
