@@ -128,7 +128,7 @@ def score(
     Raises InputError where the grids or labels differ, where a voxel holds a number that is no
     label, and where a tolerance is missing, superfluous, negative or not finite.
     """
-    _same_grid(prediction.grid, reference.grid, case)
+    require_grid(prediction.grid, reference.grid, case)
     _same_labels(prediction, reference, case)
     tolerances = _tolerances(tolerance_mm, reference, case)
     ours, theirs = _boxes(prediction, "prediction", case), _boxes(reference, "reference", case)
@@ -161,7 +161,7 @@ def ignoring(
     """
     if number is None:
         return prediction, reference
-    _same_grid(prediction.grid, reference.grid, case)
+    require_grid(prediction.grid, reference.grid, case)
     counts = reference.values != number
 
     def left(one: LabelMap) -> LabelMap:
@@ -242,7 +242,8 @@ def from_json(document: Mapping[str, Any]) -> list[CaseMetrics]:
     return [_row(row, f"row {number} of the scores") for number, row in enumerate(document["rows"], start=1)]
 
 
-def _same_grid(prediction: Grid, reference: Grid, case: str | None) -> None:
+def require_grid(prediction: Grid, reference: Grid, case: str | None) -> None:
+    """InputError unless both are one grid, up to rounding of the affine."""
     if prediction.matches(reference):
         return
     if prediction.shape != reference.shape:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medseg.core.errors import InputError
+from medseg.core.instances import InstanceMap, described
 from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap
 from medseg.core.words import count
 from medseg.io.files import read_json, write_json
-from medseg.io.nifti import SUFFIXES, read_labels
+from medseg.io.nifti import SUFFIXES, read_labels, read_raw_labels
 
 SUFFIX = "_seg"
 INDEX = "predictions.json"
@@ -81,6 +84,42 @@ def read_prediction(path: Path, labels: LabelSet, case: str) -> LabelMap:
         return read_labels(path, labels)
     except InputError as error:
         raise error.of_case(case) from None
+
+
+def instances_of(path: Path) -> Path:
+    """``scan_seg.nii.gz`` to ``scan_instances.nii.gz``."""
+    return path.with_name(f"{sidecar_of(path).stem.removesuffix(SUFFIX)}_instances.nii.gz")
+
+
+def tells_instances(path: Path) -> bool:
+    """Whether the sidecar of a label map lists instances, if only none."""
+    record = _read_or_none(sidecar_of(path))
+    return isinstance(record, dict) and "instances" in record
+
+
+def read_instances(path: Path, labels: LabelSet, case: str) -> InstanceMap:
+    """The instances beside a label map: their voxels from `instances_of`, label and score from the sidecar.
+    Raises InputError, of the case, where either is missing or not sound, or where they do not agree."""
+    file, anew = instances_of(path), "Predict it again with `medseg predict`"
+    if not file.exists():
+        raise InputError(f"its instances {file} are missing", anew, case=case)
+    try:
+        values, grid = read_raw_labels(file)
+        listed = read_json(sidecar_of(path), anew).get("instances")
+    except InputError as error:
+        raise error.of_case(case) from None
+    number_of = {label.name: label.number for label in labels}
+    try:
+        label_of = {int(one["number"]): number_of[one["label"]] for one in listed}
+        score_of = {int(one["number"]): float(one["score"]) for one in listed}
+        if not all(0 <= score <= 1 for score in score_of.values()):
+            raise ValueError("a score is not from 0 to 1")
+    except (KeyError, TypeError, ValueError) as error:
+        fault = f"the instances that {sidecar_of(path).name} lists are not sound ({error!r})"
+        raise InputError(fault, anew, case=case) from None
+    if strange := sorted(set(np.unique(values).tolist()) - {0} - set(label_of)):
+        raise InputError(f"{file.name} has the number {strange[0]}, which its sidecar does not list", anew, case=case)
+    return described(values, grid, label_of, score_of)
 
 
 def _names(cases: Any) -> bool:
