@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from medseg.core.volume import LabelMap
     from medseg.dataset.task import Task
     from medseg.models.package import ModelPackage
+    from medseg.models.refinement import Refinement
     from medseg.plan.plan import Plan
 
 # Cases on which engines are compared.
@@ -26,20 +27,24 @@ _COMPARED = 3
 @click.option("-o", "--output", type=FOLDER, help="The package.  [default: RUN/model]")
 @click.option("-c", "--configuration", "configurations", multiple=True, help="Only among these; may be repeated.")
 @click.option("--partial", is_flag=True, help="Go on with the folds there are.")
+@click.option("--crf", is_flag=True, help="Try moving borders to the scans' edges too. Takes some seconds a case.")
 @threads_option
-def choose(run: Path, output: Path | None, configurations: tuple[str, ...], partial: bool, threads: int | None) -> None:
+def choose(
+    run: Path, output: Path | None, configurations: tuple[str, ...], partial: bool, crf: bool, threads: int | None
+) -> None:
     """Make one model of the folds of RUN, by what they reached on their held-out cases.
 
     The configuration with the best mean Dice is taken, and the networks of its folds are averaged;
-    for each structure, keeping the largest piece or dropping small ones is tried, and kept where it
-    helps beyond luck. README.md in the package says how good it is, and what was decided why.
-    Needs each fold's model, and its predictions from `medseg predict TASK --held-out`.
+    for each structure, keeping the largest piece or dropping small ones is tried (and with --crf moving
+    all borders to edges), and kept where it helps beyond luck. README.md in the package says how good it
+    is, and what was decided why. Needs each fold's model, and its predictions from `medseg predict TASK --held-out`.
     """
     cores = use_cores(threads)
-    from medseg.dataset.task import load_case, load_labels, require_same_grid
+    from medseg.dataset.task import load_case, load_image, load_labels, require_same_grid
     from medseg.evaluate.score import ignoring
     from medseg.infer.agreement import measure
     from medseg.infer.predict import Predictor
+    from medseg.infer.refine import post_processed
     from medseg.io.files import new_folder
     from medseg.io.sidecar import read_index, read_prediction
     from medseg.models.package import INDEX, load_package, record_engines, save_package
@@ -60,13 +65,28 @@ def choose(run: Path, output: Path | None, configurations: tuple[str, ...], part
     }
 
     def load(name: str, case: str) -> tuple[LabelMap, LabelMap]:
+        return refine(name, case, None)
+
+    def refine(name: str, case: str, refinement: Refinement | None) -> tuple[LabelMap, LabelMap]:
         reference = load_labels(task, task.case(case))
         prediction = read_prediction(paths[name, case], task.labels, case)
         require_same_grid(prediction, reference, case)
-        ignored = next(iter(trained[name].values())).plan.training.ignore_label
+        used = next(iter(trained[name].values())).plan
+        if refinement is not None:
+            scan, intensities = load_image(task, task.case(case)), used.normalisation.value
+            prediction = post_processed(prediction, scan, refinement, intensities)[0]
+        ignored = used.training.ignore_label
         return ignoring(prediction, reference, ignored, case=case)
 
-    package = choose_model(trained, load, task, folder.fingerprint(), of_folds=len(folds), progress=progress("choose"))
+    package = choose_model(
+        trained,
+        load,
+        task,
+        folder.fingerprint(),
+        of_folds=len(folds),
+        refine=refine if crf else None,
+        progress=progress("choose"),
+    )
     save_package(place, package)
     saved = load_package(place)
     some = [case for p in trained[package.configuration_name].values() for case in p.held_out]
@@ -116,6 +136,8 @@ def _trained(
 
 
 def _show(package: ModelPackage, place: Path) -> None:
+    from medseg.models.refinement import Crf
+
     known = package.evaluation
     if known is None:
         return
@@ -125,8 +147,11 @@ def _show(package: ModelPackage, place: Path) -> None:
         behind = "" if one.behind is None else str(one.behind)
         rows.append([one.configuration, str(len(one.folds)), str(one.cases), f"{one.dice.mean:.3f}", ends, behind])
     click.echo(table(rows, right=(1, 2, 3)))
-    for rule in package.refinement.rules if package.refinement else ():
-        click.echo(f"post-processing of {rule.name}: {rule}")
+    for step in package.refinement.steps if package.refinement else ():
+        click.echo(f"post-processing of {step.name}: {step}")
+    for tried in known.tried:
+        if isinstance(tried.rule, Crf):
+            click.echo(f"tried: {tried.rule}; Dice {tried.gain.mean:+.4f}, {'kept' if tried.kept else 'not kept'}")
     if known.dice.low is None:
         click.echo(f"{known.subjects} subjects are too few to say how good it is on others: there is no interval")
     networks = f"{len(package.members)} network{'s' if len(package.members) > 1 else ''}"

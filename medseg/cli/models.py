@@ -225,10 +225,10 @@ def _facts(package: ModelPackage, folder: Path) -> dict[str, Any]:
 
 def _decided(package: ModelPackage) -> dict[str, Any]:
     """Post-processing; and what `medseg choose` measured, where it made the package."""
-    rules = package.refinement.rules if package.refinement else ()
+    steps = package.refinement.steps if package.refinement else ()
     known = package.evaluation
     return {
-        "post_processing": [f"{rule.name}: {rule}" for rule in rules] or ["none"],
+        "post_processing": [f"{step.name}: {step}" for step in steps] or ["none"],
         "out_of_fold_dice": str(known.dice) if known else None,
         "out_of_fold_cases": known.cases if known else None,
     }

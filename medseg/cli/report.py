@@ -120,8 +120,8 @@ def _chosen(folder: RunFolder) -> Iterator[Decision]:
                 "this page show the folds' predictions without it"
             )
         yield Decision("model", networks, reason)
-        for rule in package.refinement.rules if package.refinement else ():
-            yield Decision(f"post-processing of {rule.name}", str(rule), "it helps out of fold")
+        for step in package.refinement.steps if package.refinement else ():
+            yield Decision(f"post-processing of {step.name}", str(step), "it helps out of fold")
 
 
 def _decisions(plan: Plan) -> Iterator[Decision]:
@@ -167,7 +167,8 @@ def _among(folder: RunFolder) -> str:
     if known is None:
         return ""
     partial = any(len(one.folds) < known.of_folds for one in known.compared)
-    return "".join(f" -c {one.configuration}" for one in known.compared) + (" --partial" if partial else "")
+    among = "".join(f" -c {one.configuration}" for one in known.compared)
+    return f"{among}{' --partial' if partial else ''}{' --crf' if known.with_crf else ''}"
 
 
 def _fold_commands(folder: RunFolder, one: Scored) -> Iterator[str]:

@@ -17,7 +17,7 @@ from medseg.core.shape import cut, pieces
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.budget import within
 from medseg.infer.engine import Engine, open_engine
-from medseg.infer.refine import chosen, keep_only, refined, without_small
+from medseg.infer.refine import chosen, keep_only, post_processed, without_small
 from medseg.infer.scout import scout, scouting
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
 from medseg.infer.trust import Flag, Found, expected_dice, review
@@ -159,9 +159,9 @@ class Predictor:
             progress=progress,
             temperature=calibration.temperature if calibration else 1.0,
         )
-        refinement = self.package.refinement
-        label_map, shares = refined(keep_only(made.label_map, labels), refinement.rules if refinement else ())
-        label_map, removed = without_small(label_map, smallest_mm3)
+        intensities = self.package.plan.normalisation.value
+        label_map, shares = post_processed(made.label_map, volume, self.package.refinement, intensities)
+        label_map, removed = without_small(keep_only(label_map, labels), smallest_mm3)
         organs = describe(label_map, made.tally, self.package.plan.label_set.numbers, calibration)
         found = [Found(o.name, o.number, o.volume_ml, o.cut, o.pieces, o.predicted_dice) for o in organs]
         flags = review(found, mismatches, self.package.experience, calibration)
@@ -171,7 +171,7 @@ class Predictor:
         warnings += [
             f"{share:.0%} of {name} was taken away as loose pieces, as post-processing of this model does"
             for name, share in shares.items()
-            if share > _MUCH
+            if share > _MUCH and name in labels.names
         ]
         warnings += [f"{count} small pieces of {name} were taken away" for name, count in removed.items()]
         warnings += self.engine.notes

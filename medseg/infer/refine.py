@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
 from medseg.core.shape import Parts, connected
-from medseg.core.volume import LabelMap
-from medseg.models.refinement import Rule
+from medseg.core.volume import LabelMap, Volume
+from medseg.infer.crf import sharpened
+from medseg.models.refinement import Refinement, Rule
+from medseg.plan.plan import Normalisation
 
 
 def chosen(labels: LabelSet, names: Sequence[str]) -> LabelSet:
@@ -74,6 +76,17 @@ def refined(label_map: LabelMap, rules: Sequence[Rule]) -> tuple[LabelMap, dict[
         if gone := int(sizes[goes[mine]].sum()):
             shares[rule.name] = gone / int(sizes.sum())
     return (_without(label_map, parts, goes), shares) if shares else (label_map, {})
+
+
+def post_processed(
+    label_map: LabelMap, volume: Volume, refinement: Refinement | None, intensities: tuple[Normalisation, ...]
+) -> tuple[LabelMap, dict[str, float]]:
+    """The map after all that a model does to its labels, from the scan on the same grid, normalised as
+    ``intensities`` say; and what `refined` tells of its rules."""
+    if refinement is None:
+        return label_map, {}
+    label_map, shares = refined(label_map, refinement.rules)
+    return (sharpened(label_map, volume, refinement.crf, intensities) if refinement.crf else label_map), shares
 
 
 def _without(label_map: LabelMap, parts: Parts, goes: NDArray[np.bool_]) -> LabelMap:

@@ -162,15 +162,17 @@ def _refinement(package: ModelPackage) -> Iterator[str]:
     yield "## Post-processing"
     yield ""
     if package.refinement:
-        yield f"Kept: {'; '.join(f'{_plain(rule.name)}: {rule}' for rule in package.refinement.rules)}."
+        yield f"Kept: {'; '.join(f'{_plain(step.name)}: {step}' for step in package.refinement.steps)}."
     else:
         yield "None."
     if package.evaluation and package.evaluation.tried:
+        tried_last = " What is for all structures was tried after the rules that are kept."
+        after = tried_last if package.evaluation.with_crf else ""
         yield ""
         yield (
             "Of the rules tried, for each structure the best. A rule is kept where the interval of its gain, widened "
             "for the number of rules tried, lies above 0, on eight subjects or more; a structure rightly not found has "
-            "Dice 1 here."
+            f"Dice 1 here.{after}"
         )
         yield ""
         rows = [
@@ -259,6 +261,8 @@ def _commands(package: ModelPackage) -> Iterator[str]:
     if known and len(known.folds) == known.of_folds and "seed" in made:
         each = " ".join(f"-c {_plain(one.configuration)}" for one in known.compared)
         yield f"medseg train RUN --all-folds {each} --seed {_plain(made['seed'])}{_start(made)}"
+        if known.with_crf:
+            yield f"medseg choose RUN {each} --crf"
         return
     if before := package.previous:
         seed = _plain(before.provenance.get("seed", 0))
@@ -270,7 +274,8 @@ def _commands(package: ModelPackage) -> Iterator[str]:
             folder = f"RUN/{name}/fold{_plain(fold)}"
             yield f"medseg predict TASK --held-out -m {folder}/model -o {folder}/predictions"
     if known:
-        yield f"medseg choose RUN -c {name}{'' if len(known.folds) == known.of_folds else ' --partial'}"
+        partial = "" if len(known.folds) == known.of_folds else " --partial"
+        yield f"medseg choose RUN -c {name}{partial}{' --crf' if known.with_crf else ''}"
 
 
 def _by(values: Sequence[object]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from medseg.models.refinement import Rule
+from medseg.models.refinement import Crf, Rule
 from medseg.plan.plan import Count, Finite, Share, Strict
 
 Number = Annotated[int, Field(ge=0)]
@@ -51,11 +51,12 @@ class Compared(Strict):
 
 
 class Tried(Strict):
-    """A rule of post-processing, tried out of fold. ``gain`` is the mean change of Dice over all cases,
+    """A rule of post-processing, or a field over all borders after the rules that were kept, tried out of
+    fold. ``gain`` is the mean change of Dice over all cases,
     with an interval widened for the number of rules tried (a structure rightly not found has Dice 1
     here); ``better`` and ``worse`` are numbers of cases."""
 
-    rule: Rule
+    rule: Rule | Crf
     gain: Figure
     better: Number
     worse: Number
@@ -91,3 +92,8 @@ class Evaluation(Strict):
     tried: tuple[Tried, ...]
     resamples: Count
     seed: Number
+
+    @property
+    def with_crf(self) -> bool:
+        """Whether moving borders to edges was tried."""
+        return any(isinstance(one.rule, Crf) for one in self.tried)

@@ -1,17 +1,21 @@
-"""What is done to a model's labels once they are decided: pieces that are no part of a structure go.
+"""What is done to a model's labels once they are decided: pieces that are no part of a structure go, and
+borders may be moved to the scan's edges.
 
 Chosen on cases that no network was trained on (`medseg.train.choose`), kept in the package as data.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medseg.plan.plan import Strict
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Rule(Strict):
@@ -42,14 +46,58 @@ class Rule(Strict):
         return "its largest piece alone" if self.largest else f"no piece below {self.smallest_mm3:g} mm3"
 
 
+class Crf(Strict):
+    """A conditional random field that moves borders to the scan's edges (`medseg.infer.crf`): only within
+    ``band_mm`` of where they were, to move one by ``border_mm`` costing 1. Against that stand two kernels, each
+    adding its weight times the share of like voxels near: ``appearance`` (Gaussian of ``appearance_mm`` and, in the
+    plan's normalised intensities, ``contrast``) and ``smoothness`` (of ``smoothness_mm``)."""
+
+    band_mm: Positive = 4.0
+    border_mm: Positive = 1.0
+    appearance: Weight = 2.0
+    appearance_mm: Positive = 6.0
+    contrast: Positive = 0.5
+    smoothness: Weight = 2.0
+    smoothness_mm: Positive = 1.5
+    iterations: Annotated[int, Field(ge=1, le=100)] = 5
+
+    @property
+    def name(self) -> str:
+        """Which structures: as a rule's."""
+        return "all"
+
+    @property
+    def number(self) -> int:
+        """Of no structure alone."""
+        return 0
+
+    def __str__(self) -> str:
+        return f"borders moved to edges within {self.band_mm:g} mm (CRF, appearance {self.appearance:g})"
+
+
 class Refinement(Strict):
-    """What ``refinement.json`` of a package holds: at most one rule a structure."""
+    """What ``refinement.json`` of a package holds: at most one rule a structure; and after these a ``crf``, or
+    none, of which the file then says nothing."""
 
     format: Literal[1] = 1
-    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    rules: tuple[Rule, ...] = ()
+    crf: Crf | None = None
 
     @model_validator(mode="after")
     def _one_each(self) -> Refinement:
         if len({rule.number for rule in self.rules}) < len(self.rules):
             raise ValueError("a structure has two rules")
+        if not self.rules and self.crf is None:
+            raise ValueError("nothing is refined")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A model's digest is made of this, also that of a model from before there was a field.
+        made: dict[str, Any] = dump(self)
+        return {key: value for key, value in made.items() if key != "crf" or value is not None}
+
+    @property
+    def steps(self) -> tuple[Rule | Crf, ...]:
+        """All that is done, in its order."""
+        return self.rules if self.crf is None else (*self.rules, self.crf)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,19 @@ from medseg.models.calibration import pooled
 from medseg.models.evaluation import CaseScore, Compared, Evaluation, Figure, StructureScore, Tried
 from medseg.models.experience import experience
 from medseg.models.package import ModelPackage
-from medseg.models.refinement import Refinement, Rule
+from medseg.models.refinement import Crf, Refinement, Rule
 from medseg.plan.fingerprint import Fingerprint
 
 Float64 = NDArray[np.float64]
 # A configuration and a case to what its fold predicted for it, and the reference.
 Loader = Callable[[str, str], tuple[LabelMap, LabelMap]]
+# The same after a refinement, for which the scan is needed.
+Refiner = Callable[[str, str, Refinement], tuple[LabelMap, LabelMap]]
 
 # Sizes below which pieces may go, as shares of the smallest volume that the structure has in any case.
 _SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
+# Fields tried: how much what looks alike should be alike decides most.
+_CRFS = (Crf(), Crf(appearance=4.0))
 # On fewer subjects no rule is kept, whatever it gains: that all of seven gain happens by luck too often.
 _FEWEST_SUBJECTS = 8
 _LEVEL = 0.95
@@ -96,16 +101,45 @@ def try_rules(rules: Sequence[Rule], cases: Sequence[Pieces], subjects: Sequence
     interval leaves out 5 % / k, since the best of many looks good by luck (Bonferroni). The one of
     these with the largest gain is kept. With fewer than eight subjects none is.
     """
-    level = 1 - (1 - _LEVEL) / max(1, len(rules))
+    before = np.array([[case.dice()] for case in cases])
+    after = {rule: np.array([[case.dice(rule)] for case in cases]) for rule in rules}
+    return _tried(after, before, subjects)
+
+
+def try_crfs(
+    crfs: Sequence[Crf],
+    refine: Callable[[str, Refinement], tuple[LabelMap, LabelMap]],
+    looked: Mapping[str, Mapping[int, Pieces]],
+    rules: Sequence[Rule],
+    labels: LabelSet,
+    subjects: Sequence[str],
+    *,
+    progress: Progress = silent,
+) -> tuple[Tried, ...]:
+    """What each field changes in the cases, after the ``rules`` that are kept, and which one, if any, is: by the
+    same test as `try_rules`, the gain of a case being the mean over its labels."""
+    of = {rule.number: rule for rule in rules}
+    before = np.array([[pieces[n].dice(of.get(n)) for n in labels.numbers] for pieces in looked.values()])
+    after = {crf: np.empty_like(before) for crf in crfs}
+    for row, case in enumerate(progress(list(looked), len(looked))):
+        for crf in crfs:
+            found = pieces_of(*refine(case, Refinement(rules=tuple(rules), crf=crf)))
+            after[crf][row] = [found[n].dice() for n in labels.numbers]
+    return _tried(after, before, subjects)
+
+
+def _tried(after: Mapping[Any, Float64], before: Float64, subjects: Sequence[str]) -> tuple[Tried, ...]:
+    """Each step by the Dice (cases, labels) with it, beside that without."""
+    level = 1 - (1 - _LEVEL) / max(1, len(after))
     enough = len(set(subjects)) >= _FEWEST_SUBJECTS
-    plain = np.array([case.dice() for case in cases])
     tried = []
-    for rule in rules:
-        gains = np.nan_to_num([case.dice(rule) for case in cases], nan=1.0) - np.nan_to_num(plain, nan=1.0)
-        gain = bootstrap(gains[:, None], subjects, level=level, seed=_SEED) or Figure(mean=0.0)
+    for step, dices in after.items():
+        gains = np.nan_to_num(dices, nan=1.0) - np.nan_to_num(before, nan=1.0)
+        gain = bootstrap(gains, subjects, level=level, seed=_SEED) or Figure(mean=0.0)
         helps = enough and gain.low is not None and gain.low > 0
-        better, worse = int(np.count_nonzero(gains > 0)), int(np.count_nonzero(gains < 0))
-        tried.append(Tried(rule=rule, gain=gain, better=better, worse=worse, kept=helps))
+        sums = gains.sum(axis=1)
+        better, worse = int(np.count_nonzero(sums > 0)), int(np.count_nonzero(sums < 0))
+        tried.append(Tried(rule=step, gain=gain, better=better, worse=worse, kept=helps))
     best = max((one for one in tried if one.kept), key=lambda one: one.gain.mean, default=None)
     return tuple(one.model_copy(update={"kept": one is best}) for one in tried)
 
@@ -117,13 +151,15 @@ def choose(
     measured: Fingerprint,
     *,
     of_folds: int,
+    refine: Refiner | None = None,
     progress: Progress = silent,
 ) -> ModelPackage:
     """The package to ship, of the ``trained`` folds of each configuration, with what speaks for it.
 
     ``load`` gives a held-out case's prediction, made without any post-processing, and its reference.
     The members are the networks of all the folds of the configuration with the greatest mean Dice
-    on the cases that all configurations have in common. Deterministic.
+    on the cases that all configurations have in common. With ``refine``, which gives a case's prediction after a
+    refinement, moving borders to the scan's edges is tried too. Deterministic.
 
     Raises InputError where folds of one configuration were trained by different plans, where a case is
     held out by two of them, and where configurations have no case in common.
@@ -139,8 +175,23 @@ def choose(
     subject = {case.id: case.subject for case in task.cases}
     best, compared = _compare(trained, looked, labels, subject)
     tried = _post_processing(looked[best], labels, measured, subject)
-    rules = tuple(one.rule for one in tried if one.kept)
-    rows = list(_scored(best, held[best], load, rules, progress))
+    rules = tuple(one.rule for one in tried if one.kept and isinstance(one.rule, Rule))
+    refinement = Refinement(rules=rules) if rules else None
+    if refine is not None:
+        owners = [subject[case] for case in looked[best]]
+        fields = try_crfs(_CRFS, partial(refine, best), looked[best], rules, labels, owners, progress=progress)
+        tried += fields
+        for one in fields:
+            if one.kept and isinstance(one.rule, Crf):
+                refinement = Refinement(rules=rules, crf=one.rule)
+
+    def final(case: str) -> tuple[LabelMap, LabelMap]:
+        if refine is not None and refinement is not None and refinement.crf is not None:
+            return refine(best, case, refinement)
+        prediction, reference = load(best, case)
+        return refined(prediction, rules)[0], reference
+
+    rows = list(_scored(held[best], final, progress))
     evaluation = Evaluation(
         task=task.name,
         description=task.description,
@@ -154,7 +205,7 @@ def choose(
         seed=_SEED,
         **_figures(rows, looked[best], labels, subject),
     )
-    return _ensemble(trained[best], measured, evaluation, Refinement(rules=rules) if rules else None)
+    return _ensemble(trained[best], measured, evaluation, refinement)
 
 
 def _require_one_model(name: str, folds: Mapping[int, ModelPackage]) -> None:
@@ -226,11 +277,10 @@ def _post_processing(
 
 
 def _scored(
-    name: str, cases: Sequence[str], load: Loader, rules: Sequence[Rule], progress: Progress
+    cases: Sequence[str], final: Callable[[str], tuple[LabelMap, LabelMap]], progress: Progress
 ) -> Iterator[CaseMetrics]:
     for case in progress(cases, len(cases)):
-        prediction, reference = load(name, case)
-        yield from score(refined(prediction, rules)[0], reference, case=case)
+        yield from score(*final(case), case=case)
 
 
 def _figures(

@@ -159,6 +159,18 @@ def test_folds_that_were_edited_since_are_noticed(medseg: Any, mine: Path) -> No
     medseg("choose", mine, "--threads", 1).refused("3d fold 0 was trained on other cases than", "folds.json says")
 
 
+def test_moving_borders_is_tried_on_request(medseg: Any, mine: Path) -> None:
+    said = medseg("choose", mine, "-c", "3d", "--crf", "-o", mine / "moved", "--threads", 1)
+    assert said.status == 0, said
+    assert "tried: borders moved to edges within 4 mm (CRF, appearance 2); Dice " in said.out
+    assert "not kept" in said.out  # by six subjects nothing is decided
+    package = load_package(mine / "moved")
+    assert package.refinement is None
+    assert package.evaluation is not None
+    assert package.evaluation.with_crf
+    assert "| all | borders moved to edges within 4 mm" in (mine / "moved" / "README.md").read_text()
+
+
 def test_rules_are_shown_where_a_package_has_some(medseg: Any, chosen: tuple[Path, Any], tmp_path: Path) -> None:
     rules = (
         Rule(name="left blob", number=1, largest=True),

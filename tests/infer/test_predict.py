@@ -15,11 +15,11 @@ from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.engine import TorchEngine, pick_device
 from medseg.infer.predict import Predictor, describe, predict, segment
-from medseg.infer.refine import refined
+from medseg.infer.refine import post_processed, refined
 from medseg.infer.stream import Tally
 from medseg.models.build import build
 from medseg.models.package import ModelPackage
-from medseg.models.refinement import Refinement, Rule
+from medseg.models.refinement import Crf, Refinement, Rule
 from medseg.plan.plan import Region
 
 CPU = torch.device("cpu")
@@ -321,6 +321,14 @@ def test_a_packages_own_post_processing_is_done_once_and_told_where_it_takes_muc
         assert (told in made.warnings) == (share > 0.1)
     alone = predictor.predict(volume, only=["spleen"]).label_map.values
     assert np.array_equal(alone, np.where(expected.values == 3, 3, 0))
+    # A field needs all structures, of which one may be asked for.
+    field = Refinement(rules=(largest, small), crf=Crf(appearance=8.0))
+    predictor = Predictor(replace(plain, refinement=field), "torch-cpu")
+    whole, intensities = predictor.predict(volume).label_map.values, plain.plan.normalisation.value
+    assert np.array_equal(whole, post_processed(raw.label_map, volume, field, intensities)[0].values)
+    assert not np.array_equal(whole, expected.values)
+    alone = predictor.predict(volume, only=["spleen"]).label_map.values
+    assert np.array_equal(alone, np.where(whole == 3, 3, 0))
     # Training validates, and calibrates, by this function: it sees the labels as they were decided.
     engine = predictor.engine
     assert np.array_equal(segment(engine, volume, plain.plan, "3d").label_map.values, raw.label_map.values)

@@ -19,7 +19,7 @@ from medseg.models.card import card
 from medseg.models.evaluation import CaseScore, Compared, Evaluation, Figure, StructureScore, Tried
 from medseg.models.experience import Experience, Range
 from medseg.models.package import INDEX, ModelPackage, load_package, save_package
-from medseg.models.refinement import Refinement, Rule
+from medseg.models.refinement import Crf, Refinement, Rule
 from medseg.plan.fingerprint import Source
 
 LARGEST = Rule(name="left blob", number=1, largest=True)
@@ -186,6 +186,31 @@ def test_the_package_holds_rules_figures_and_the_card_of_them(tmp_path: Path, pa
     save_package(tmp_path / "p", replace(package, refinement=None, evaluation=None))
     assert load_package(tmp_path / "p").refinement is None
     assert not (tmp_path / "p" / "refinement.json").exists()
+
+
+def test_a_field_is_told_and_kept_with_the_package(package: ModelPackage, tmp_path: Path) -> None:
+    """And of one without, files and digest are as they were before there were any."""
+    field, known = Crf(), evaluation()
+    tried = (
+        *known.tried,
+        Tried(rule=field, gain=Figure(mean=0.012, low=0.0, high=0.024), better=20, worse=3, kept=True),
+    )
+    known = known.model_copy(update={"tried": tried})
+    made = replace(package, refinement=Refinement(rules=(LARGEST,), crf=field), evaluation=known)
+    text = card(made)
+    assert (
+        "Kept: left blob: its largest piece alone; all: borders moved to edges within 4 mm (CRF, appearance 2)." in text
+    )
+    assert "| all | borders moved to edges within 4 mm (CRF, appearance 2) | +0.0120 | +0.0000 to +0.0240 | 20" in text
+    assert "medseg choose RUN -c 3d -c 2d --crf" in text
+    assert "--crf" not in card(package)
+    save_package(tmp_path / "p", made)
+    found = load_package(tmp_path / "p")
+    assert (found.refinement, found.evaluation, found.digest()) == (made.refinement, known, made.digest())
+    assert made.digest() != package.digest()
+    save_package(tmp_path / "q", package)
+    rule = {"name": "left blob", "number": 1, "largest": True, "smallest_mm3": 0.0}
+    assert json.loads((tmp_path / "q" / "refinement.json").read_text()) == {"format": 1, "rules": [rule]}
 
 
 @pytest.mark.parametrize("name", ["refinement.json", "evaluation.json"])

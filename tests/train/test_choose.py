@@ -22,7 +22,7 @@ from medseg.infer.refine import refined
 from medseg.models.build import build
 from medseg.models.calibration import Calibration, StructureCalibration
 from medseg.models.package import ModelPackage
-from medseg.models.refinement import Rule
+from medseg.models.refinement import Crf, Refinement, Rule
 from medseg.plan.fingerprint import CasePrint, ChannelPrint, Fingerprint, Intensities
 from medseg.train.choose import Pieces, candidates, choose, pieces_of, try_rules
 
@@ -251,6 +251,45 @@ def test_the_better_configuration_is_taken_with_the_rule_that_helps_it(
     assert [one.hd95_mm for one in known.structures] == [0, 0]
     assert (known.cases, known.subjects, known.folds, known.of_folds) == (12, 12, (0, 1, 2), 3)
     assert [one.rule.name for one in known.tried if one.kept] == ["left blob"]
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_field_is_kept_where_it_helps_beyond_what_the_rules_do(
+    task: Task, measured: Fingerprint, folds: Any, helps: bool
+) -> None:
+    """The loose piece goes by a rule; what the right blob lacks, by the one of two fields, or by none."""
+    spoilt = crumbly()
+    spoilt[7, 1:5, 1:5] = 0
+    asked: list[Refinement] = []
+
+    def refine(name: str, case: str, refinement: Refinement) -> tuple[LabelMap, LabelMap]:
+        asked.append(refinement)
+        assert refinement.crf is not None
+        right = helps and refinement.crf.appearance == 2.0
+        made = label_map(reference() if right else spoilt)
+        return (made if right else refined(made, refinement.rules)[0]), label_map(reference())
+
+    trained = {"3d": folds("3d")}
+    made = choose(trained, loader({"3d": spoilt}), task, measured, of_folds=3, refine=refine)
+    known = made.evaluation
+    assert known is not None
+    assert made.refinement is not None
+    assert made.refinement.rules == (LARGEST,)
+    assert {refinement.rules for refinement in asked} == {(LARGEST,)}
+    first, second = (one for one in known.tried if isinstance(one.rule, Crf))
+    assert second.gain.mean == 0
+    assert not second.kept
+    assert known.with_crf
+    assert first.kept == helps
+    # A quarter of the right blob: Dice 96 / 112, over two labels.
+    assert first.gain.mean == pytest.approx((1 - 96 / 112) / 2 if helps else 0)
+    assert (first.better, first.worse) == (12 if helps else 0, 0)
+    assert made.refinement.crf == (first.rule if helps else None)
+    assert known.dice.mean == pytest.approx(1 if helps else (1 + 96 / 112) / 2)
+    again = choose(trained, loader({"3d": spoilt}), task, measured, of_folds=3)
+    assert (again.digest() == made.digest()) != helps
+    assert again.evaluation is not None
+    assert not again.evaluation.with_crf
 
 
 def test_the_folds_become_members_and_what_is_known_is_put_together(
