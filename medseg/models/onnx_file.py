@@ -7,15 +7,23 @@ someone else can name another file, carry code of its own or mean more than what
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 _FLOAT32, _FLOAT16, _EXTERNAL = 1, 10, 1
+# The types of constants: ONNX's number for each, its bytes, and its letter in struct.
+_TYPES = {"float32": (1, 4, "f"), "int64": (7, 8, "q"), "bool": (9, 1, "?")}
+_MOST_CONSTANT = 2**22
 _IR_VERSION, _OPSET = 8, 17
-Attribute: TypeAlias = int | float | tuple[int, ...]
+Attribute: TypeAlias = int | float | str | tuple[int, ...]
 _Field: TypeAlias = tuple[int, int | float | bytes]
+
+
+class NotPortableError(ValueError):
+    """The network holds something that has no portable form; the text says what."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,29 @@ class Weight:
     offset: int
     length: int
     half: bool = False
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Numbers that lie in this file itself, little-endian: ``kind`` float32, int64 or bool. Raises ValueError where
+    they are too many, or not as many as the shape says."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    data: bytes
+
+    def __post_init__(self) -> None:
+        if self.kind not in _TYPES or len(self.data) != math.prod(self.shape) * _TYPES[self.kind][1]:
+            raise ValueError(f"its constant {self.name} is not what it says")
+        if len(self.data) > _MOST_CONSTANT:
+            raise ValueError(f"its constant {self.name} is too large")
+        if self.kind == "bool" and self.data.strip(b"\0\1"):
+            raise ValueError(f"its constant {self.name} is neither true nor false")
+
+    def numbers(self) -> tuple[float, ...]:
+        """What it holds, in the order of memory."""
+        return struct.unpack(f"<{math.prod(self.shape)}{_TYPES[self.kind][2]}", self.data)
 
 
 @dataclass(frozen=True)
@@ -51,13 +82,15 @@ class Port:
 
 @dataclass(frozen=True)
 class Graph:
-    """A network, without its weights' values. Nodes stand in the order in which they are computed."""
+    """A network, without its weights' values. Nodes stand in the order in which they are computed. Constants are
+    what they need of shapes, axes and the like."""
 
     name: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     nodes: tuple[Node, ...]
     weights: tuple[Weight, ...]
+    constants: tuple[Constant, ...] = ()
 
 
 def write(graph: Graph) -> bytes:
@@ -67,6 +100,7 @@ def write(graph: Graph) -> bytes:
             *(_bytes(1, _node(node)) for node in graph.nodes),
             _text(2, graph.name),
             *(_bytes(5, _weight(weight)) for weight in graph.weights),
+            *(_bytes(5, _constant(constant)) for constant in graph.constants),
             *(_bytes(11, _port(port)) for port in graph.inputs),
             *(_bytes(12, _port(port)) for port in graph.outputs),
         )
@@ -127,6 +161,8 @@ def _attribute(name: str, value: Attribute) -> bytes:
         return _text(1, name) + _varint(2 << 3 | 5) + struct.pack("<f", value) + _int(20, 1)
     if isinstance(value, int):
         return _text(1, name) + _int(3, value) + _int(20, 2)
+    if isinstance(value, str):
+        return _text(1, name) + _text(4, value) + _int(20, 3)
     return _text(1, name) + b"".join(_int(8, v) for v in value) + _int(20, 7)
 
 
@@ -139,6 +175,17 @@ def _weight(weight: Weight) -> bytes:
             _text(8, weight.name),
             *(_bytes(13, _text(1, key) + _text(2, value)) for key, value in where),
             _int(14, _EXTERNAL),
+        )
+    )
+
+
+def _constant(constant: Constant) -> bytes:
+    return b"".join(
+        (
+            *(_int(1, n) for n in constant.shape),
+            _int(2, _TYPES[constant.kind][0]),
+            _text(8, constant.name),
+            _bytes(9, constant.data),
         )
     )
 
@@ -200,7 +247,8 @@ def _graph(data: bytes) -> Graph:
         inputs=tuple(_read_port(one) for one in _all(data, 11)),
         outputs=tuple(_read_port(one) for one in _all(data, 12)),
         nodes=tuple(_read_node(one) for one in _all(data, 1)),
-        weights=tuple(_read_weight(one) for one in _all(data, 5)),
+        weights=tuple(_read_weight(one) for one in _all(data, 5) if _ints(one, 14)),
+        constants=tuple(_read_constant(one) for one in _all(data, 5) if not _ints(one, 14)),
     )
 
 
@@ -216,7 +264,9 @@ def _read_node(data: bytes) -> Node:
 def _read_attribute(data: bytes) -> Attribute:
     kind = _ints(data, 20)[0]
     if kind == 1:
-        return next(value for number, value in _fields(data) if number == 2 and isinstance(value, float))
+        return [value for number, value in _fields(data) if number == 2 and isinstance(value, float)][0]  # noqa: RUF015
+    if kind == 3:
+        return _only(data, 4).decode()
     return _ints(data, 3)[0] if kind == 2 else _ints(data, 8)
 
 
@@ -229,6 +279,15 @@ def _read_weight(data: bytes) -> Weight:
         offset=int(where["offset"]),
         length=int(where["length"]),
         half=_ints(data, 2)[0] == _FLOAT16,
+    )
+
+
+def _read_constant(data: bytes) -> Constant:
+    return Constant(
+        name=_only(data, 8).decode(),
+        shape=_ints(data, 1),
+        kind={number: kind for kind, (number, *_) in _TYPES.items()}[_ints(data, 2)[0]],
+        data=_only(data, 9),
     )
 
 

@@ -21,7 +21,8 @@ from medseg.models.calibration import Calibration
 from medseg.models.card import card
 from medseg.models.evaluation import Evaluation
 from medseg.models.experience import Experience
-from medseg.models.portable import NotPortableError, check, export, layout
+from medseg.models.onnx_file import NotPortableError
+from medseg.models.portable import check, export, layout
 from medseg.models.refinement import Refinement
 from medseg.plan.plan import Configuration, Finite, Plan, Share, Strict, read_plan, write_plan
 
@@ -350,7 +351,7 @@ def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage)
         for member in members:
             with torch.device("meta"):
                 network = build(package.configuration, package.channels, package.classes)
-            data = export(network, package.channels, package.classes, layout(folder / member))
+            data = export(network, package.configuration, package.channels, package.classes, layout(folder / member))
             files[member.replace(".safetensors", ".onnx")] = data
     except NotPortableError as error:
         return (), str(error)

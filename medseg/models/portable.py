@@ -4,29 +4,28 @@ safetensors file, once."""
 from __future__ import annotations
 
 import json
-import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from medseg.models.onnx_file import Attribute, Graph, Node, Port, Weight, read, write
+from medseg.models.onnx_file import Graph, Node, NotPortableError, Port, Weight, read, write
 from medseg.plan.plan import Configuration
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from medseg.models.trace import Trace
 
 TILES, LOGITS, FEATURES = "tiles", "logits", "features"
 _OPERATORS = frozenset(
-    {"Add", "AveragePool", "Cast", "Concat", "Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "Relu"}
+    """Add AveragePool BatchNormalization Cast Concat Conv ConvTranspose Div Equal Erf Expand Gather
+    InstanceNormalization LayerNormalization LeakyRelu MatMul MaxPool Mul Not PRelu Pad ReduceL2 ReduceMean Relu Reshape
+    Resize Sigmoid Slice Softmax Sub Tanh Transpose Where""".split()
 )
 _MOST_BYTES = 2**24
 # Weights that are stored in half the bits are made float32 (ONNX's number 1) before anything is computed.
 _TYPES = {"F32": False, "F16": True}
 _FULL, _FLOAT32 = ".float32", 1
-
-
-class NotPortableError(ValueError):
-    """The network holds something that has no portable form; the text says what."""
 
 
 def splits(classes: int, features: int) -> bool:
@@ -47,58 +46,54 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor lies in a safetensors file."""
+    """Where each tensor lies in a safetensors file, if it is float32 or float16. ``others`` names the types of those
+    that are not."""
 
-    file: str
+    path: Path
     tensors: dict[str, Place]
+    others: dict[str, str]
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return self.path.name
 
 
 def layout(path: Path) -> Layout:
     """Where the tensors of a safetensors file lie, as its header says it (the safetensors library has
-    read the file before, and so checked the header). Raises NotPortableError where one is neither float32
-    nor float16."""
+    read the file before, and so checked the header)."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    tensors = {}
+    tensors, others = {}, {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _TYPES:
-            raise NotPortableError(f"the weights {name} are {entry['dtype']}, not {' or '.join(_TYPES)}")
+            others[name] = entry["dtype"]
+            continue
         first, last = entry["data_offsets"]
         tensors[name] = Place(tuple(entry["shape"]), 8 + size + first, last - first, _TYPES[entry["dtype"]])
-    return Layout(path.name, tensors)
+    return Layout(path, tensors, others)
 
 
-def export(network: nn.Module, channels: int, classes: int, weights: Layout) -> bytes:
+def export(network: nn.Module, configuration: Configuration, channels: int, classes: int, weights: Layout) -> bytes:
     """The ONNX file of a network whose weights lie in a safetensors file beside it.
 
     It takes "tiles" (batch, channels, ...) and gives "logits" (batch, classes, ...), and "features"
-    too where `splits` says so. Sizes are free. The network need not hold values (torch's meta
-    device). Raises NotPortableError.
+    too where `splits` says so. Batches are of any size, and so are tiles if no operator needs a number for that;
+    else they are of the configuration's patch. The network need not hold values (torch's meta device). Raises
+    NotPortableError.
     """
-    import torch
+    from medseg.models.trace import trace
 
+    network, integers, patch = network.eval(), _integers(network, weights), _patch(configuration)
+    # Two runs tell what is free: whatever is not the same in both.
+    tiles, others, larger = (2, channels, *patch), (3, channels, *patch), (3, channels, *(2 * n for n in patch))
     try:
-        traced = torch.fx.symbolic_trace(network.eval())
-    except Exception as error:  # whatever a network's code may raise on being traced
-        raise NotPortableError(f"its steps cannot be told ({type(error).__name__})") from error
-    nodes: list[Node] = []
-    names: dict[Any, str] = {}
-    used: list[str] = []
-    for step in traced.graph.nodes:
-        if step.op == "placeholder":
-            names[step] = TILES
-        elif step.op == "output":
-            return write(_graph(nodes, names[step.args[0]], channels, classes, used, weights))
-        else:
-            node, parameters = _node(step, traced, [names[a] for a in step.all_input_nodes])
-            _require_held(parameters, network, weights)
-            used += [p for p in parameters if p not in used]
-            names[step] = node.output if node else names[step.all_input_nodes[0]]
-            nodes += [node] if node else []
-    raise NotPortableError("it has no output")
+        return write(_graph(trace(network, integers, (tiles, larger)), channels, classes, weights))
+    except NotPortableError:
+        return write(_graph(trace(network, integers, (tiles, others)), channels, classes, weights))
 
 
 def check(path: Path, weights: Layout, configuration: Configuration, channels: int, classes: int) -> Graph:
@@ -113,13 +108,48 @@ def check(path: Path, weights: Layout, configuration: Configuration, channels: i
         place = Place(weight.shape, weight.offset, weight.length, weight.half)
         if weight.location != weights.file or weights.tensors.get(weight.name) != place:
             raise ValueError(f"its weights {weight.name} are not those of {weights.file}")
-    ports = (*graph.inputs, *graph.outputs[:1])
-    sizes = [p.shape[1] if len(p.shape) == 2 + configuration.dimensions else 0 for p in ports]
-    if [p.name for p in ports] != [TILES, LOGITS] or sizes != [channels, classes]:
-        raise ValueError("it takes or gives something else than the plan says")
-    if len(graph.outputs) > 1:
-        head_of(graph)
+    _require_own_names(graph)
+    _require_rows(graph)
+    _require_ports(graph, _patch(configuration), channels, classes)
     return graph
+
+
+def _require_own_names(graph: Graph) -> None:
+    """Nothing has the name of something else, which could stand in for it."""
+    named = (*graph.inputs, *graph.weights, *graph.constants)
+    names = [*(one.name for one in named), *(node.output for node in graph.nodes)]
+    if len(set(names)) < len(names):
+        raise ValueError("two things in it have the same name")
+
+
+def _require_rows(graph: Graph) -> None:
+    """Gather takes rows of a weight by number, and only such as there are."""
+    rows = {weight.name: weight.shape[0] for weight in graph.weights if weight.shape}
+    rows |= {node.output: rows[node.inputs[0]] for node in graph.nodes if node.op == "Cast" and node.inputs[0] in rows}
+    constants = {constant.name: constant for constant in graph.constants}
+    for node in graph.nodes:
+        if node.op == "Gather":
+            table, index = node.inputs
+            if node.attributes != (("axis", 0),) or table not in rows or index not in constants:
+                raise ValueError("it gathers something else than rows of a weight")
+            if any(not 0 <= n < rows[table] for n in constants[index].numbers()):
+                raise ValueError("it gathers rows that are not there")
+
+
+def _require_ports(graph: Graph, patch: tuple[int, ...], channels: int, classes: int) -> None:
+    """It takes tiles and gives logits, and features if any, of free sizes or of the patch's."""
+    features = head_of(graph) if len(graph.outputs) > 1 else None
+    counts = {TILES: channels, LOGITS: classes}
+    if features:
+        counts[FEATURES] = next(w.shape[1] for w in graph.weights if w.name == features[0] and len(w.shape) > 1)
+    ports = (*graph.inputs, *graph.outputs)
+    for port, (name, count) in zip(ports, counts.items(), strict=False):
+        size = port.shape[2:]
+        free = len(size) == len(patch) and all(isinstance(n, str) for n in size)
+        if port.name != name or port.shape[1:2] != (count,) or isinstance(port.shape[0], int) or not (free or size == patch):
+            raise ValueError("it takes or gives something else than the plan says")
+    if len(graph.inputs) != 1 or len(ports) != len(counts):
+        raise ValueError("it takes or gives something else than the plan says")
 
 
 def head_of(graph: Graph) -> tuple[str, str]:
@@ -131,103 +161,58 @@ def head_of(graph: Graph) -> tuple[str, str]:
     return last.inputs[1].removesuffix(_FULL), last.inputs[2].removesuffix(_FULL)
 
 
-def _graph(nodes: list[Node], last: str, channels: int, classes: int, used: list[str], weights: Layout) -> Graph:
-    final = next(node for node in nodes if node.output == last)
-    halves = [name for name in used if weights.tensors[name].half]
-    rename = {last: LOGITS, **{name: name + _FULL for name in halves}}
+def _graph(traced: Trace, channels: int, classes: int, weights: Layout) -> Graph:
+    from medseg.models.operators import Writer
+
+    writer = Writer()
+    last = writer.write(traced, TILES)
+    size = traced.tiles.shape[2:]
+    if traced.output.shape != (-1, classes, *size):
+        raise NotPortableError("it gives something else than a logit of each class and voxel")
+    if not writer.nodes or writer.nodes[-1].output != last:
+        raise NotPortableError("it ends in something else than an operator")
+    final, stored = writer.nodes[-1], [_weight(name, shape, weights) for name, shape in writer.weights.items()]
+    rename = {last: LOGITS, **{one.name: one.name + _FULL for one in stored if one.half}}
     outputs = [(LOGITS, classes)]
-    features = weights.tensors[final.inputs[1]].shape[1] if final.op == "Conv" and len(final.inputs) == 3 else classes
+    features = writer.weights[final.inputs[1]][1] if final.op == "Conv" and len(final.inputs) == 3 else classes
     if splits(classes, features) and all(n == 1 for n in dict(final.attributes)["kernel_shape"]):  # type: ignore[union-attr]
         rename[final.inputs[0]] = FEATURES
         outputs.append((FEATURES, features))
-    space = [f"size{n}" for n in range(len(weights.tensors[used[0]].shape) - 2)]
+    space = [f"size{axis}" if n < 0 else n for axis, n in enumerate(size)]
     return Graph(
         name="network",
         inputs=(Port(TILES, ("batch", channels, *space)),),
         outputs=tuple(Port(name, ("batch", count, *space)) for name, count in outputs),
         nodes=(
-            *(Node("Cast", (name,), name + _FULL, (("to", _FLOAT32),)) for name in halves),
+            *(Node("Cast", (one.name,), one.name + _FULL, (("to", _FLOAT32),)) for one in stored if one.half),
             *(
                 Node(n.op, tuple(rename.get(i, i) for i in n.inputs), rename.get(n.output, n.output), n.attributes)
-                for n in nodes
+                for n in writer.nodes
             ),
         ),
-        weights=tuple(_weight(name, weights) for name in used),
+        weights=tuple(stored),
+        constants=tuple(writer.constants.values()),
     )
 
 
-def _require_held(names: list[str], network: nn.Module, weights: Layout) -> None:
-    for name in names:
-        if name not in weights.tensors or weights.tensors[name].shape != tuple(network.get_parameter(name).shape):
-            raise NotPortableError(f"{weights.file} lacks {name}, or has another shape of it")
-
-
-def _weight(name: str, weights: Layout) -> Weight:
-    place = weights.tensors[name]
+def _weight(name: str, shape: tuple[int, ...], weights: Layout) -> Weight:
+    if name in weights.others:
+        raise NotPortableError(f"the weights {name} are {weights.others[name]}, not {' or '.join(_TYPES)}")
+    place = weights.tensors.get(name)
+    if place is None or place.shape != shape:
+        raise NotPortableError(f"{weights.file} lacks {name}, or has another shape of it")
     return Weight(name, place.shape, weights.file, place.offset, place.length, place.half)
 
 
-def _node(step: Any, traced: Any, inputs: list[str]) -> tuple[Node | None, list[str]]:
-    """The operator of a traced step (None where it passes its input on), and the weights it takes."""
-    import torch
+def _integers(network: nn.Module, weights: Layout) -> dict[str, Tensor]:
+    """The network's tensors of whole numbers, as the file has them."""
+    from safetensors import safe_open
 
-    if step.op == "call_module":
-        module = traced.get_submodule(step.target)
-        found = _module(module)
-        if found is None:
-            return None, []
-        op, attributes = found
-        parameters = [f"{step.target}.{name}" for name, _ in module.named_parameters()]
-        return Node(op, (*inputs, *parameters), step.name, attributes), parameters
-    if step.op == "call_function":
-        if step.target is torch.cat and step.kwargs.get("dim", *step.args[1:]) == 1:
-            return Node("Concat", tuple(inputs), step.name, (("axis", 1),)), []
-        if step.target in (operator.add, operator.iadd, torch.add) and len(step.args) == len(inputs) == 2:
-            return Node("Add", tuple(inputs), step.name), []
-    raise NotPortableError(f"there is no operator for {step.target}")
+    names = [name for name, tensor in network.named_buffers() if not tensor.is_floating_point()]
+    with safe_open(weights.path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names if name in weights.others}
 
 
-def _module(module: nn.Module) -> tuple[str, tuple[tuple[str, Attribute], ...]] | None:
-    from torch import nn
-
-    if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Dropout3d):
-        return None
-    if isinstance(module, nn.ReLU):
-        return "Relu", ()
-    if isinstance(module, nn.LeakyReLU):
-        return "LeakyRelu", (("alpha", float(module.negative_slope)),)
-    if isinstance(module, nn.InstanceNorm2d | nn.InstanceNorm3d) and module.affine and not module.track_running_stats:
-        return "InstanceNormalization", (("epsilon", float(module.eps)),)
-    if isinstance(module, nn.AvgPool2d | nn.AvgPool3d) and not module.ceil_mode and module.count_include_pad:
-        dimensions = 2 if isinstance(module, nn.AvgPool2d) else 3
-        kernel, stride, padding = (_each(v, dimensions) for v in (module.kernel_size, module.stride, module.padding))
-        return "AveragePool", (
-            ("count_include_pad", 1),
-            ("kernel_shape", kernel),
-            ("pads", padding * 2),
-            ("strides", stride),
-        )
-    if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return _convolution(module)
-    raise NotPortableError(f"there is no operator for {type(module).__name__}")
-
-
-def _convolution(module: Any) -> tuple[str, tuple[tuple[str, Attribute], ...]]:
-    from torch import nn
-
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise NotPortableError("a convolution pads with something else than zeros")
-    attributes: tuple[tuple[str, Attribute], ...] = (
-        ("dilations", tuple(module.dilation)),
-        ("group", int(module.groups)),
-        ("kernel_shape", tuple(module.kernel_size)),
-        ("pads", tuple(module.padding) * 2),
-        ("strides", tuple(module.stride)),
-    )
-    if isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return "ConvTranspose", (*attributes, ("output_padding", tuple(module.output_padding)))
-    return "Conv", attributes
-
-
-def _each(value: Any, dimensions: int) -> tuple[int, ...]:
-    return (int(value),) * dimensions if isinstance(value, int) else tuple(int(v) for v in value)
+def _patch(configuration: Configuration) -> tuple[int, ...]:
+    """The sizes of a tile along the axes that the network sees."""
+    return tuple(n for axis, n in enumerate(configuration.patch.value) if axis != configuration.slice_axis)

@@ -1,0 +1,216 @@
+"""What a network does, step by step: torch's own operators (ATen), as they are called on tiles that hold no values.
+
+Everything runs on torch's meta device, but for what depends on neither tiles nor weights: that is computed. Two
+runs on tiles of different sizes tell which sizes follow from the tiles'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from medseg.models.onnx_file import NotPortableError
+
+# Of what is computed here: nothing may grow beyond the first, nor, unless it is small, much beyond what it came from.
+_MOST, _SMALL = 2**20, 2**12
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor. ``weight`` names it if it lies in the weights file, ``known`` holds it if it is computed here;
+    else a step gives it. ``sizes`` are its shapes in the two runs."""
+
+    sizes: tuple[tuple[int, ...], ...]
+    weight: str = ""
+    known: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """-1 stands for sizes that are not the same in both runs."""
+        return tuple(n[0] if len(set(n)) == 1 else -1 for n in zip(*self.sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator, by torch's name for it: its arguments, by torch's names for them, and what it gives.
+    ``varies`` where its numbers are not the same in both runs."""
+
+    op: str
+    arguments: Mapping[str, Any]
+    results: tuple[Value, ...]
+    varies: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A network's steps, in order, from the tiles to what it returns."""
+
+    steps: tuple[Step, ...]
+    tiles: Value
+    output: Value
+
+
+def trace(network: nn.Module, integers: Mapping[str, Tensor], tiles: Sequence[Sequence[int]]) -> Trace:
+    """The steps of a network in two runs, on tiles of these two shapes (batch, channels, ...).
+
+    ``integers`` holds its tensors that are no floating-point numbers, by name; the others need no values. Raises
+    NotPortableError where the steps depend on the tiles' values or, other than by sizes, on their shape.
+    """
+    first, second = (_run(network, integers, tuple(shape)) for shape in tiles)
+    if [step.op for step in first.steps] != [step.op for step in second.steps]:
+        raise NotPortableError("its steps are others for tiles of another size")
+    values: dict[Value, Value] = {}
+    _pair(first.tiles, second.tiles, values)
+    _pair(first.output, second.output, values)
+    steps = []
+    for one, other in zip(first.steps, second.steps, strict=True):
+        pairs = list(zip(_leaves(one), _leaves(other), strict=True))
+        varies = any(a != b for a, b in pairs if not isinstance(a, Value))
+        for a, b in pairs:
+            if isinstance(a, Value):
+                _pair(a, b, values)
+        steps.append(Step(one.op, one.arguments, one.results, varies))
+    return Trace(tuple(steps), first.tiles, first.output)
+
+
+def _leaves(step: Step) -> list[Any]:
+    return tree_leaves((dict(step.arguments), step.results))
+
+
+def _pair(one: Value, other: Any, values: dict[Value, Value]) -> None:
+    """Let a value of the first run know its shape in the second."""
+    if values.setdefault(one, other) is not other or one.weight != other.weight:
+        raise NotPortableError("its steps are others for tiles of another size")
+    if one.known is not None and (other.known is None or not torch.equal(one.known, other.known)):
+        raise NotPortableError("its constants are others for tiles of another size")
+    one.sizes = (one.sizes[0], other.sizes[0])
+
+
+def _run(network: nn.Module, integers: Mapping[str, Tensor], shape: tuple[int, ...]) -> Trace:
+    tiles = torch.empty(shape, device="meta")
+    recorder = _Recorder(network, integers)
+    start = recorder.add(tiles)
+    try:
+        with torch.no_grad(), recorder:
+            out = network(tiles)
+    except NotPortableError:
+        raise
+    except Exception as error:  # whatever a network's code may raise on being run so
+        raise NotPortableError(f"its steps cannot be told ({type(error).__name__})") from error
+    if not isinstance(out, Tensor):
+        raise NotPortableError("it gives something else than one tensor")
+    return Trace(tuple(recorder.steps), start, recorder.value(out))
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator that torch is about to run. Tensors are known by their identity, and so kept."""
+
+    def __init__(self, network: nn.Module, integers: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self._kept: list[Tensor] = []
+        self._values: dict[int, Value] = {}
+        # Tensors that are computed here, and how often the memory of the others was written to.
+        self._known: dict[int, Tensor] = {}
+        self._writes: dict[int, int] = {}
+        self._written: dict[int, int] = {}
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if tensor.is_floating_point():
+                self.add(tensor, name)
+            elif name in integers:
+                self._keep(tensor)
+                self._known[id(tensor)] = integers[name]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotPortableError(f"there is no operator for {func}")
+        arguments = _bound(func, args, kwargs or {})
+        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        for tensor in tensors:
+            if id(tensor) not in self._known and id(tensor) not in self._values:
+                self._take(tensor)
+        in_place = func._schema.is_mutable and func._schema.name.endswith("_")
+        if all(id(t) in self._known for t in tensors):
+            # A view of something known is written to in earnest, too.
+            out = self._compute(func, arguments, [] if in_place else tensors)
+            if out is not None:
+                return out
+        described = tree_map_only(Tensor, self.value, arguments)
+        op = func._schema.name.removeprefix("aten::")
+        if in_place:
+            target = tensors[0]
+            self._known.pop(id(target), None)
+            self._writes[_memory(target)] = self._writes.get(_memory(target), 0) + 1
+            self.steps.append(Step(op[:-1], described, (self.add(target),)))
+            return target
+        out = func(**tree_map_only(Tensor, _on_meta, arguments))
+        self.steps.append(Step(op, described, tuple(self.add(t) for t in tree_leaves(out) if isinstance(t, Tensor))))
+        return out
+
+    def add(self, tensor: Tensor, weight: str = "") -> Value:
+        """A new value for a tensor."""
+        self._keep(tensor)
+        value = self._values[id(tensor)] = Value((tuple(tensor.shape),), weight)
+        self._written[id(tensor)] = self._writes.get(_memory(tensor), 0)
+        return value
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value of a tensor as it now is."""
+        if id(tensor) in self._known:
+            known = self._known[id(tensor)].clone()
+            return Value((tuple(known.shape),), known=known)
+        if self._written[id(tensor)] != self._writes.get(_memory(tensor), 0):
+            raise NotPortableError("it writes over a tensor of which it uses another view")
+        return self._values[id(tensor)]
+
+    def _compute(self, func: Any, arguments: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """What an operator makes of known tensors, unless that is too large; ``tensors`` is what it does not
+        write to."""
+        real = tree_map_only(Tensor, lambda t: self._known[id(t)], arguments)
+        if not func._schema.is_mutable:
+            shapes = [t.shape for t in tree_leaves(func(**tree_map_only(Tensor, _on_meta, arguments))) if _is(t)]
+            size = max((math.prod(shape) for shape in shapes), default=0)
+            if size > max(_SMALL, *(2 * t.numel() for t in tensors)) if tensors else size > _MOST:
+                return None
+        out = func(**{name: torch.device("cpu") if name == "device" else value for name, value in real.items()})
+        for tensor in tree_leaves(out):
+            if _is(tensor):
+                self._keep(tensor)
+                self._known[id(tensor)] = tensor
+        return out
+
+    def _take(self, tensor: Tensor) -> None:
+        """A tensor that is no result of any step: the code's own constant."""
+        if tensor.is_meta:
+            raise NotPortableError("it uses a tensor whose values are not known")
+        self._keep(tensor)
+        self._known[id(tensor)] = tensor
+
+    def _keep(self, tensor: Tensor) -> None:
+        self._kept.append(tensor)
+
+
+def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name, those that were left out at their defaults."""
+    schema = func._schema.arguments
+    given = {**{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
+    return {one.name: given.get(one.name, one.default_value) for one in schema}
+
+
+def _is(thing: Any) -> bool:
+    return isinstance(thing, Tensor)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.to("meta")
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
