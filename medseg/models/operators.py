@@ -181,9 +181,7 @@ def _linear_upsample(writer: Writer, step: Step) -> str:
 
 
 def _nearest_upsample(writer: Writer, step: Step) -> str:
-    return _upsample(
-        writer, step, coordinate_transformation_mode="asymmetric", mode="nearest", nearest_mode="floor"
-    )
+    return _upsample(writer, step, coordinate_transformation_mode="asymmetric", mode="nearest", nearest_mode="floor")
 
 
 def _upsample(writer: Writer, step: Step, **attributes: Attribute) -> str:
@@ -223,7 +221,7 @@ def _batch_norm(writer: Writer, step: Step) -> str | None:
     return writer.node("BatchNormalization", inputs, epsilon=a["eps"])
 
 
-def _instance_norm(writer: Writer, step: Step) -> None:
+def _instance_norm(writer: Writer, step: Step) -> str | None:
     """To torch an instance norm is a batch norm of one tile that has the channels of all."""
     a = step.arguments
     name, tiles = writer.place(a["input"])
@@ -233,6 +231,7 @@ def _instance_norm(writer: Writer, step: Step) -> None:
     scale, shift = (writer.repeated.get(a[name]) for name in ("weight", "bias"))
     inputs = (name, writer.filled(scale, 1, (channels,)), writer.filled(shift, 0, (channels,)))
     writer.hold(step.results[0], writer.node("InstanceNormalization", inputs, epsilon=a["eps"]), tiles)
+    return None
 
 
 def _repeat(writer: Writer, step: Step) -> None:
@@ -283,7 +282,8 @@ def _binary(op: str) -> _Function:
 
 
 def _leaky_relu(writer: Writer, step: Step) -> str:
-    return writer.node("LeakyRelu", (writer.name(step.arguments["self"]),), alpha=float(step.arguments["negative_slope"]))
+    a = step.arguments
+    return writer.node("LeakyRelu", (writer.name(a["self"]),), alpha=float(a["negative_slope"]))
 
 
 def _prelu(writer: Writer, step: Step) -> str:
@@ -310,7 +310,8 @@ def _reduce(op: str) -> _Function:
         a = step.arguments
         if a.get("ord", 2) != 2:
             raise _no_operator(step, f"of order {a['ord']}")
-        return writer.node(op, (writer.name(a["self"]),), axes=_axes(step, a["self"]), keepdims=int(a.get("keepdim", False)))
+        axes, keep = _axes(step, a["self"]), int(a.get("keepdim", False))
+        return writer.node(op, (writer.name(a["self"]),), axes=axes, keepdims=keep)
 
     return function
 
@@ -343,11 +344,12 @@ def _masked_fill(writer: Writer, step: Step) -> str:
 # ---- shapes -------------------------------------------------------------------------------------
 
 
-def _view(writer: Writer, step: Step) -> None:
+def _view(writer: Writer, step: Step) -> str | None:
     value = step.arguments["self"]
     if step.arguments.get("dtype") not in (None, torch.float32):
         raise _no_operator(step, f"to {step.arguments['dtype']}")
     writer.hold(step.results[0], *writer.place(value))
+    return None
 
 
 def _expand(writer: Writer, step: Step) -> str | None:
@@ -414,14 +416,24 @@ def _split(writer: Writer, step: Step) -> None:
 
 
 def _pad(writer: Writer, step: Step) -> str | None:
-    value, pads = step.arguments["self"], step.arguments["pad"]
+    fill = writer.number(step.arguments["value"])
+    return _padded(writer, step, step.arguments["pad"], fill, mode="constant")
+
+
+def _edge_pad(writer: Writer, step: Step) -> str | None:
+    return _padded(writer, step, step.arguments["padding"], mode="edge")
+
+
+def _padded(writer: Writer, step: Step, pads: Sequence[int], *fill: str, mode: str) -> str | None:
+    value = step.arguments["self"]
     if not any(pads):
         return _view(writer, step)
     if min(pads) < 0:
         raise _no_operator(step, "by less than nothing")
+    # Torch has (before, after) of each axis, from the last; ONNX all before, then all after, from the first.
     rest = [0] * (len(value.shape) - len(pads) // 2)
-    both = [*rest, *pads[-2::-2], *rest, *pads[::-2]]
-    return writer.node("Pad", (writer.name(value), writer.constant(both), writer.number(step.arguments["value"])))
+    both = writer.constant([*rest, *pads[-2::-2], *rest, *pads[::-2]])
+    return writer.node("Pad", (writer.name(value), both, *fill), mode=mode)
 
 
 def _roll(writer: Writer, step: Step) -> str:
@@ -488,6 +500,8 @@ _OPERATORS: dict[str, _Function] = {
     "permute": _permute,
     "relu": _unary("Relu"),
     "repeat": _repeat,
+    "replication_pad2d": _edge_pad,
+    "replication_pad3d": _edge_pad,
     "roll": _roll,
     "select": _select,
     "sigmoid": _unary("Sigmoid"),

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from medseg.models.trace import Trace
 
 TILES, LOGITS, FEATURES = "tiles", "logits", "features"
-_OPERATORS = frozenset(
-    """Add AveragePool BatchNormalization Cast Concat Conv ConvTranspose Div Equal Erf Expand Gather
-    InstanceNormalization LayerNormalization LeakyRelu MatMul MaxPool Mul Not PRelu Pad ReduceL2 ReduceMean Relu Reshape
-    Resize Sigmoid Slice Softmax Sub Tanh Transpose Where""".split()
-)
+# fmt: off
+_OPERATORS = frozenset({
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Equal", "Erf",
+    "Expand", "Gather", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "MatMul", "MaxPool", "Mul",
+    "Not", "PRelu", "Pad", "ReduceL2", "ReduceMean", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Softmax",
+    "Sub", "Tanh", "Transpose", "Where",
+})
+# fmt: on
 _MOST_BYTES = 2**24
 # Weights that are stored in half the bits are made float32 (ONNX's number 1) before anything is computed.
 _TYPES = {"F32": False, "F16": True}
@@ -85,15 +88,16 @@ def export(network: nn.Module, configuration: Configuration, channels: int, clas
     else they are of the configuration's patch. The network need not hold values (torch's meta device). Raises
     NotPortableError.
     """
-    from medseg.models.trace import trace
+    from medseg.models.trace import paired, trace
 
     network, integers, patch = network.eval(), _integers(network, weights), _patch(configuration)
-    # Two runs tell what is free: whatever is not the same in both.
-    tiles, others, larger = (2, channels, *patch), (3, channels, *patch), (3, channels, *(2 * n for n in patch))
-    try:
-        return write(_graph(trace(network, integers, (tiles, larger)), channels, classes, weights))
+    first = trace(network, integers, (2, channels, *patch))
+    try:  # what is not the same in two traces is free
+        larger = trace(network, integers, (3, channels, *(2 * n for n in patch)))
+        return write(_graph(paired(first, larger), channels, classes, weights))
     except NotPortableError:
-        return write(_graph(trace(network, integers, (tiles, others)), channels, classes, weights))
+        more = trace(network, integers, (3, channels, *patch))
+        return write(_graph(paired(first, more), channels, classes, weights))
 
 
 def check(path: Path, weights: Layout, configuration: Configuration, channels: int, classes: int) -> Graph:
@@ -116,8 +120,8 @@ def check(path: Path, weights: Layout, configuration: Configuration, channels: i
 
 def _require_own_names(graph: Graph) -> None:
     """Nothing has the name of something else, which could stand in for it."""
-    named = (*graph.inputs, *graph.weights, *graph.constants)
-    names = [*(one.name for one in named), *(node.output for node in graph.nodes)]
+    kinds = (graph.inputs, graph.weights, graph.constants)
+    names = [*(one.name for kind in kinds for one in kind), *(node.output for node in graph.nodes)]
     if len(set(names)) < len(names):
         raise ValueError("two things in it have the same name")
 
@@ -137,25 +141,27 @@ def _require_rows(graph: Graph) -> None:
 
 
 def _require_ports(graph: Graph, patch: tuple[int, ...], channels: int, classes: int) -> None:
-    """It takes tiles and gives logits, and features if any, of free sizes or of the patch's."""
-    features = head_of(graph) if len(graph.outputs) > 1 else None
-    counts = {TILES: channels, LOGITS: classes}
-    if features:
-        counts[FEATURES] = next(w.shape[1] for w in graph.weights if w.name == features[0] and len(w.shape) > 1)
+    """It takes tiles and gives logits, and features if any, of free sizes or the patch's."""
+    expected = {TILES: channels, LOGITS: classes}
+    if len(graph.outputs) > 1:
+        shapes = {weight.name: weight.shape for weight in graph.weights}
+        expected[FEATURES] = next(iter(shapes.get(head_of(graph)[0], ())[1:]), 0)
     ports = (*graph.inputs, *graph.outputs)
-    for port, (name, count) in zip(ports, counts.items(), strict=False):
-        size = port.shape[2:]
-        free = len(size) == len(patch) and all(isinstance(n, str) for n in size)
-        if port.name != name or port.shape[1:2] != (count,) or isinstance(port.shape[0], int) or not (free or size == patch):
-            raise ValueError("it takes or gives something else than the plan says")
-    if len(graph.inputs) != 1 or len(ports) != len(counts):
+    found = {port.name: port.shape[1] for port in ports if _fits(port, patch)}
+    if found != expected or [port.name for port in ports] != list(expected) or len(graph.inputs) != 1:
         raise ValueError("it takes or gives something else than the plan says")
+
+
+def _fits(port: Port, patch: tuple[int, ...]) -> bool:
+    free, *_ = port.shape or (0,)
+    size = port.shape[2:]
+    return isinstance(free, str) and len(size) == len(patch) and (size == patch or all(isinstance(n, str) for n in size))
 
 
 def head_of(graph: Graph) -> tuple[str, str]:
     """Names of weight and bias of the last convolution of a graph that gives features too. Raises
     ValueError where the graph does not end in one of size 1."""
-    last = graph.nodes[-1]
+    last = graph.nodes[-1] if graph.nodes else Node("", (), "")
     if last.op != "Conv" or len(last.inputs) != 3 or last.inputs[0] != FEATURES or last.output != LOGITS:
         raise ValueError("its logits are no 1x1x1 convolution of its features")
     return last.inputs[1].removesuffix(_FULL), last.inputs[2].removesuffix(_FULL)

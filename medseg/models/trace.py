@@ -1,7 +1,7 @@
 """What a network does, step by step: torch's own operators (ATen), as they are called on tiles that hold no values.
 
 Everything runs on torch's meta device, but for what depends on neither tiles nor weights: that is computed. Two
-runs on tiles of different sizes tell which sizes follow from the tiles'.
+traces, of tiles of different sizes, tell together which sizes follow from the tiles'.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from medseg.models.onnx_file import NotPortableError
 
 # Of what is computed here: nothing may grow beyond the first, nor, unless it is small, much beyond what it came from.
 _MOST, _SMALL = 2**20, 2**12
+_NORMS = frozenset({"aten::native_batch_norm", "aten::native_group_norm", "aten::native_layer_norm"})
 
 
 @dataclass(eq=False)
 class Value:
     """A tensor. ``weight`` names it if it lies in the weights file, ``known`` holds it if it is computed here;
-    else a step gives it. ``sizes`` are its shapes in the two runs."""
+    else a step gives it. ``sizes`` are its shapes in one trace or two."""
 
     sizes: tuple[tuple[int, ...], ...]
     weight: str = ""
@@ -33,14 +34,14 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """-1 stands for sizes that are not the same in both runs."""
+        """-1 stands for sizes that are not the same in both traces."""
         return tuple(n[0] if len(set(n)) == 1 else -1 for n in zip(*self.sizes, strict=True))
 
 
 @dataclass(frozen=True)
 class Step:
     """One operator, by torch's name for it: its arguments, by torch's names for them, and what it gives.
-    ``varies`` where its numbers are not the same in both runs."""
+    ``varies`` where its numbers are not the same in both traces."""
 
     op: str
     arguments: Mapping[str, Any]
@@ -57,43 +58,12 @@ class Trace:
     output: Value
 
 
-def trace(network: nn.Module, integers: Mapping[str, Tensor], tiles: Sequence[Sequence[int]]) -> Trace:
-    """The steps of a network in two runs, on tiles of these two shapes (batch, channels, ...).
+def trace(network: nn.Module, integers: Mapping[str, Tensor], shape: tuple[int, ...]) -> Trace:
+    """The steps of a network for tiles (batch, channels, ...).
 
     ``integers`` holds its tensors that are no floating-point numbers, by name; the others need no values. Raises
-    NotPortableError where the steps depend on the tiles' values or, other than by sizes, on their shape.
+    NotPortableError where the steps depend on the values of tiles or weights, or the network fails.
     """
-    first, second = (_run(network, integers, tuple(shape)) for shape in tiles)
-    if [step.op for step in first.steps] != [step.op for step in second.steps]:
-        raise NotPortableError("its steps are others for tiles of another size")
-    values: dict[Value, Value] = {}
-    _pair(first.tiles, second.tiles, values)
-    _pair(first.output, second.output, values)
-    steps = []
-    for one, other in zip(first.steps, second.steps, strict=True):
-        pairs = list(zip(_leaves(one), _leaves(other), strict=True))
-        varies = any(a != b for a, b in pairs if not isinstance(a, Value))
-        for a, b in pairs:
-            if isinstance(a, Value):
-                _pair(a, b, values)
-        steps.append(Step(one.op, one.arguments, one.results, varies))
-    return Trace(tuple(steps), first.tiles, first.output)
-
-
-def _leaves(step: Step) -> list[Any]:
-    return tree_leaves((dict(step.arguments), step.results))
-
-
-def _pair(one: Value, other: Any, values: dict[Value, Value]) -> None:
-    """Let a value of the first run know its shape in the second."""
-    if values.setdefault(one, other) is not other or one.weight != other.weight:
-        raise NotPortableError("its steps are others for tiles of another size")
-    if one.known is not None and (other.known is None or not torch.equal(one.known, other.known)):
-        raise NotPortableError("its constants are others for tiles of another size")
-    one.sizes = (one.sizes[0], other.sizes[0])
-
-
-def _run(network: nn.Module, integers: Mapping[str, Tensor], shape: tuple[int, ...]) -> Trace:
     tiles = torch.empty(shape, device="meta")
     recorder = _Recorder(network, integers)
     start = recorder.add(tiles)
@@ -107,6 +77,37 @@ def _run(network: nn.Module, integers: Mapping[str, Tensor], shape: tuple[int, .
     if not isinstance(out, Tensor):
         raise NotPortableError("it gives something else than one tensor")
     return Trace(tuple(recorder.steps), start, recorder.value(out))
+
+
+def paired(first: Trace, second: Trace) -> Trace:
+    """The first of two traces of one network, whose values now know their shapes in the second too. Raises
+    NotPortableError where the two do not have the same steps."""
+    if [step.op for step in first.steps] != [step.op for step in second.steps]:
+        raise NotPortableError("its steps are others for tiles of another size")
+    values: dict[Value, Value] = {}
+    _pair(first.tiles, second.tiles, values)
+    _pair(first.output, second.output, values)
+    steps = []
+    for one, other in zip(first.steps, second.steps, strict=True):
+        pairs = list(zip(_leaves(one), _leaves(other), strict=True))
+        for a, b in pairs:
+            if isinstance(a, Value):
+                _pair(a, b, values)
+        varies = any(a != b for a, b in pairs if not isinstance(a, Value))
+        steps.append(Step(one.op, one.arguments, one.results, varies))
+    return Trace(tuple(steps), first.tiles, first.output)
+
+
+def _leaves(step: Step) -> list[Any]:
+    return tree_leaves((dict(step.arguments), step.results))
+
+
+def _pair(one: Value, other: Any, values: dict[Value, Value]) -> None:
+    if values.setdefault(one, other) is not other or one.weight != other.weight:
+        raise NotPortableError("its steps are others for tiles of another size")
+    if one.known is not None and (other.known is None or not torch.equal(one.known, other.known)):
+        raise NotPortableError("its constants are others for tiles of another size")
+    one.sizes = (one.sizes[0], other.sizes[0])
 
 
 class _Recorder(TorchDispatchMode):
@@ -150,7 +151,7 @@ class _Recorder(TorchDispatchMode):
             self._writes[_memory(target)] = self._writes.get(_memory(target), 0) + 1
             self.steps.append(Step(op[:-1], described, (self.add(target),)))
             return target
-        out = func(**tree_map_only(Tensor, _on_meta, arguments))
+        out = _outcome(func, arguments)
         self.steps.append(Step(op, described, tuple(self.add(t) for t in tree_leaves(out) if isinstance(t, Tensor))))
         return out
 
@@ -175,7 +176,7 @@ class _Recorder(TorchDispatchMode):
         write to."""
         real = tree_map_only(Tensor, lambda t: self._known[id(t)], arguments)
         if not func._schema.is_mutable:
-            shapes = [t.shape for t in tree_leaves(func(**tree_map_only(Tensor, _on_meta, arguments))) if _is(t)]
+            shapes = [t.shape for t in tree_leaves(_outcome(func, arguments)) if _is(t)]
             size = max((math.prod(shape) for shape in shapes), default=0)
             if size > max(_SMALL, *(2 * t.numel() for t in tensors)) if tensors else size > _MOST:
                 return None
@@ -202,6 +203,13 @@ def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     schema = func._schema.arguments
     given = {**{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
     return {one.name: given.get(one.name, one.default_value) for one in schema}
+
+
+def _outcome(func: Any, arguments: dict[str, Any]) -> Any:
+    """What an operator gives, without values. A norm gives what it takes, which torch takes seconds to find out."""
+    if func._schema.name in _NORMS:
+        return torch.empty_like(arguments["input"], device="meta"), *(torch.empty(0, device="meta") for _ in range(2))
+    return func(**tree_map_only(Tensor, _on_meta, arguments))
 
 
 def _is(thing: Any) -> bool:
