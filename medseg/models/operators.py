@@ -341,6 +341,11 @@ def _masked_fill(writer: Writer, step: Step) -> str:
     return writer.node("Where", (writer.name(a["mask"]), writer.number(a["value"]), writer.name(a["self"])))
 
 
+def _where(writer: Writer, step: Step) -> str:
+    a = step.arguments
+    return writer.node("Where", (writer.name(a["condition"]), writer.number(a["self"]), writer.number(a["other"])))
+
+
 # ---- shapes -------------------------------------------------------------------------------------
 
 
@@ -520,4 +525,5 @@ _OPERATORS: dict[str, _Function] = {
     "upsample_nearest3d": _nearest_upsample,
     "upsample_trilinear3d": _linear_upsample,
     "view": _view,
+    "where": _where,
 }

@@ -153,9 +153,8 @@ def _require_ports(graph: Graph, patch: tuple[int, ...], channels: int, classes:
 
 
 def _fits(port: Port, patch: tuple[int, ...]) -> bool:
-    free, *_ = port.shape or (0,)
-    size = port.shape[2:]
-    return isinstance(free, str) and len(size) == len(patch) and (size == patch or all(isinstance(n, str) for n in size))
+    batch, _, *size = port.shape if len(port.shape) == 2 + len(patch) else (0, 0)
+    return isinstance(batch, str) and (tuple(size) == patch or all(isinstance(n, str) for n in size))
 
 
 def head_of(graph: Graph) -> tuple[str, str]:

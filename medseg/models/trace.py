@@ -130,8 +130,9 @@ class _Recorder(TorchDispatchMode):
                 self._known[id(tensor)] = integers[name]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        op = func._schema.name.removeprefix("aten::")
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotPortableError(f"there is no operator for {func}")
+            raise NotPortableError(f"there is no operator for {op}")
         arguments = _bound(func, args, kwargs or {})
         tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
         for tensor in tensors:
@@ -144,7 +145,6 @@ class _Recorder(TorchDispatchMode):
             if out is not None:
                 return out
         described = tree_map_only(Tensor, self.value, arguments)
-        op = func._schema.name.removeprefix("aten::")
         if in_place:
             target = tensors[0]
             self._known.pop(id(target), None)
