@@ -86,8 +86,14 @@ class Writer:
         return self.constants[key].name
 
     def number(self, value: Value | float) -> str:
-        """The name of a value, or of a constant."""
-        return self.name(value) if isinstance(value, Value) else self.constant(float(value))
+        """The name of a value to compute with, or of a constant."""
+        if not isinstance(value, Value):
+            return self.constant(float(value))
+        if value.known is not None:
+            return self.constant(value.known.float().numpy())
+        if not value.dtype.is_floating_point:
+            raise NotPortableError("there is no operator that computes with truths or whole numbers")
+        return self.name(value)
 
     def filled(self, weight: Value | None, fill: float, shape: tuple[int, ...]) -> str:
         """The name of a weight, or of a constant in its place."""
@@ -99,7 +105,7 @@ class Writer:
 
     def _stored(self, value: Value) -> str:
         if value.known is not None:
-            return self.constant(value.known.numpy())
+            return self.constant((value.known if value.dtype == torch.bool else value.known.float()).numpy())
         if not value.weight:
             raise NotPortableError("it uses what no operator gives")
         self.weights[value.weight] = value.shape
@@ -407,7 +413,7 @@ def _unbind(writer: Writer, step: Step) -> None:
 
 def _one(writer: Writer, value: Value, axis: int, index: int, result: Value) -> None:
     end = index + 1 if index != -1 else _END
-    held = Value(tuple((*shape[:axis], 1, *shape[axis + 1 :]) for shape in value.sizes))
+    held = Value(tuple((*shape[:axis], 1, *shape[axis + 1 :]) for shape in value.sizes), value.dtype)
     writer.hold(result, writer.slice(writer.name(value), axis, index, end), held)
 
 

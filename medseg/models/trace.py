@@ -7,7 +7,7 @@ traces, of tiles of different sizes, tell together which sizes follow from the t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Value:
     else a step gives it. ``sizes`` are its shapes in one trace or two."""
 
     sizes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
     weight: str = ""
     known: Tensor | None = None
 
@@ -82,18 +83,19 @@ def trace(network: nn.Module, integers: Mapping[str, Tensor], shape: tuple[int, 
 def paired(first: Trace, second: Trace) -> Trace:
     """The first of two traces of one network, whose values now know their shapes in the second too. Raises
     NotPortableError where the two do not have the same steps."""
-    if [step.op for step in first.steps] != [step.op for step in second.steps]:
+    if _form(first) != _form(second):
         raise NotPortableError("its steps are others for tiles of another size")
     values: dict[Value, Value] = {}
     _pair(first.tiles, second.tiles, values)
     _pair(first.output, second.output, values)
     steps = []
     for one, other in zip(first.steps, second.steps, strict=True):
-        pairs = list(zip(_leaves(one), _leaves(other), strict=True))
-        for a, b in pairs:
+        varies = False
+        for a, b in zip(_leaves(one), _leaves(other), strict=True):
             if isinstance(a, Value):
                 _pair(a, b, values)
-        varies = any(a != b for a, b in pairs if not isinstance(a, Value))
+            else:
+                varies |= a != b
         steps.append(Step(one.op, one.arguments, one.results, varies))
     return Trace(tuple(steps), first.tiles, first.output)
 
@@ -102,7 +104,13 @@ def _leaves(step: Step) -> list[Any]:
     return tree_leaves((dict(step.arguments), step.results))
 
 
-def _pair(one: Value, other: Any, values: dict[Value, Value]) -> None:
+def _form(traced: Trace) -> list[Any]:
+    """What two traces need to have in common to be compared at all."""
+    values = [[len(v.shape) if isinstance(v, Value) else -1 for v in _leaves(step)] for step in traced.steps]
+    return [[step.op for step in traced.steps], values, len(traced.output.shape)]
+
+
+def _pair(one: Value, other: Value, values: dict[Value, Value]) -> None:
     if values.setdefault(one, other) is not other or one.weight != other.weight:
         raise NotPortableError("its steps are others for tiles of another size")
     if one.known is not None and (other.known is None or not torch.equal(one.known, other.known)):
@@ -127,7 +135,7 @@ class _Recorder(TorchDispatchMode):
                 self.add(tensor, name)
             elif name in integers:
                 self._keep(tensor)
-                self._known[id(tensor)] = integers[name]
+                self._known[id(tensor)] = integers[name].clone()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         op = func._schema.name.removeprefix("aten::")
@@ -151,6 +159,8 @@ class _Recorder(TorchDispatchMode):
             self._writes[_memory(target)] = self._writes.get(_memory(target), 0) + 1
             self.steps.append(Step(op[:-1], described, (self.add(target),)))
             return target
+        if func._schema.is_mutable:
+            raise NotPortableError(f"there is no operator for {op} that writes over what it is given")
         out = _outcome(func, arguments)
         self.steps.append(Step(op, described, tuple(self.add(t) for t in tree_leaves(out) if isinstance(t, Tensor))))
         return out
@@ -158,7 +168,7 @@ class _Recorder(TorchDispatchMode):
     def add(self, tensor: Tensor, weight: str = "") -> Value:
         """A new value for a tensor."""
         self._keep(tensor)
-        value = self._values[id(tensor)] = Value((tuple(tensor.shape),), weight)
+        value = self._values[id(tensor)] = Value((tuple(tensor.shape),), tensor.dtype, weight)
         self._written[id(tensor)] = self._writes.get(_memory(tensor), 0)
         return value
 
@@ -166,7 +176,7 @@ class _Recorder(TorchDispatchMode):
         """The value of a tensor as it now is."""
         if id(tensor) in self._known:
             known = self._known[id(tensor)].clone()
-            return Value((tuple(known.shape),), known=known)
+            return Value((tuple(known.shape),), known.dtype, known=known)
         if self._written[id(tensor)] != self._writes.get(_memory(tensor), 0):
             raise NotPortableError("it writes over a tensor of which it uses another view")
         return self._values[id(tensor)]
@@ -174,15 +184,15 @@ class _Recorder(TorchDispatchMode):
     def _compute(self, func: Any, arguments: dict[str, Any], tensors: list[Tensor]) -> Any:
         """What an operator makes of known tensors, unless that is too large; ``tensors`` is what it does not
         write to."""
-        real = tree_map_only(Tensor, lambda t: self._known[id(t)], arguments)
-        if not func._schema.is_mutable:
-            shapes = [t.shape for t in tree_leaves(_outcome(func, arguments)) if _is(t)]
+        gives = any("Tensor" in str(one.type) for one in func._schema.returns)
+        if gives and not func._schema.is_mutable:
+            shapes = [t.shape for t in tree_leaves(_outcome(func, arguments)) if isinstance(t, Tensor)]
             size = max((math.prod(shape) for shape in shapes), default=0)
-            if size > max(_SMALL, *(2 * t.numel() for t in tensors)) if tensors else size > _MOST:
+            if size > (max(_SMALL, *(2 * t.numel() for t in tensors)) if tensors else _MOST):
                 return None
-        out = func(**{name: torch.device("cpu") if name == "device" else value for name, value in real.items()})
+        out = func(**_placed(arguments, "cpu", lambda t: self._known[id(t)]))
         for tensor in tree_leaves(out):
-            if _is(tensor):
+            if isinstance(tensor, Tensor):
                 self._keep(tensor)
                 self._known[id(tensor)] = tensor
         return out
@@ -209,15 +219,13 @@ def _outcome(func: Any, arguments: dict[str, Any]) -> Any:
     """What an operator gives, without values. A norm gives what it takes, which torch takes seconds to find out."""
     if func._schema.name in _NORMS:
         return torch.empty_like(arguments["input"], device="meta"), *(torch.empty(0, device="meta") for _ in range(2))
-    return func(**tree_map_only(Tensor, _on_meta, arguments))
+    return func(**_placed(arguments, "meta", lambda t: t if t.is_meta else t.to("meta")))
 
 
-def _is(thing: Any) -> bool:
-    return isinstance(thing, Tensor)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else tensor.to("meta")
+def _placed(arguments: dict[str, Any], device: str, place: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Arguments of which all tensors, and those to come, are on one device."""
+    placed = tree_map_only(Tensor, place, arguments)
+    return {name: torch.device(device) if name == "device" else value for name, value in placed.items()}
 
 
 def _memory(tensor: Tensor) -> int:

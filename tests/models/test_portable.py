@@ -139,6 +139,8 @@ class Odd(nn.Module):
         (lambda x: x + torch.ones(len(x), 1, 1, 1, 1), "constants are others"),
         (lambda x: x[:, :, : len(x)], "no operator for slice by the size"),
         (lambda x: x if x.sum() > 0 else -x, "steps cannot be told"),
+        (lambda x: torch.cat([x] * len(x), 2), "steps are others"),
+        (lambda x: x * (x == 0), "computes with truths"),
         (lambda x: (x, x), "something else than one tensor"),
         (lambda x: x + 0 * x[0:1].relu_() + x, "another view"),
     ],
@@ -290,7 +292,8 @@ def test_openvino_computes_what_torch_does(
 ) -> None:
     monkeypatch.setattr("monai.networks.nets.swin_unetr.rearrange", _permuted)
     build_it, free = KINDS[kind]
-    patch = (64, 32, 32) if "Swin" in kind else (16, 16, 8)
+    # Swin's deepest instance norm is over as few voxels as it may be, and so enlarges what is rounded.
+    patch, tolerance = ((64, 32, 32), 1e-3) if "Swin" in kind else ((16, 16, 8), 1e-4)
     flat = {"dimensions": 2, "slice_axis": 2, "patch": (*patch[:2], 1)}
     configuration = configured(small_plan(**(flat if spatial == 2 else {"patch": patch})))
     torch.manual_seed(0)
@@ -302,7 +305,7 @@ def test_openvino_computes_what_torch_does(
     onnx.checker.check_model(str(path), full_check=True)
     graph = check(path, layout(tmp_path / "member0.safetensors"), configuration, 1, 3)
     assert graph.inputs[0].shape[2:] == (tuple(f"size{n}" for n in range(spatial)) if free else patch[:spatial])
-    assert differs(path, network, patch[:spatial]) < 1e-3
+    assert differs(path, network, patch[:spatial]) < tolerance
 
 
 class Resized(nn.Module):
@@ -344,6 +347,8 @@ class Steps(nn.Module):
         one, other = x.chunk(2, dim=1)
         mask = torch.zeros(1, 1, *x.shape[2:])
         mask[:, :, 2:] = 1
+        if mask.sum() > 7:
+            mask[:, :, 4:6] = 0
         x = torch.where(mask > 0, one.sigmoid(), other.tanh()) - 2 * one
         parts = self.pool(x), self.average(x)
         out: torch.Tensor = self.up(parts[0] / (parts[1] + 9)).softmax(1)
