@@ -346,13 +346,18 @@ def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage)
     """Write each member's ONNX file; their names, or none and why there can be none."""
     import torch
 
-    files = {}
+    # Not on the meta device, where tables of indices would have no values. Whoever saves while training goes on
+    # draws the same numbers after as before.
+    with torch.random.fork_rng(devices=()):
+        network = build(package.configuration, package.channels, package.classes)
+    sizes = package.channels, package.classes
     try:
-        for member in members:
-            with torch.device("meta"):
-                network = build(package.configuration, package.channels, package.classes)
-            data = export(network, package.configuration, package.channels, package.classes, layout(folder / member))
-            files[member.replace(".safetensors", ".onnx")] = data
+        files = {
+            member.replace(".safetensors", ".onnx"): export(
+                network, package.configuration, *sizes, layout(folder / member)
+            )
+            for member in members
+        }
     except NotPortableError as error:
         return (), str(error)
     for name, data in files.items():

@@ -180,12 +180,6 @@ def test_a_package_whose_network_is_not_portable_says_why(tmp_path: Path, small_
 # ---- networks of all kinds -----------------------------------------------------------------------
 
 
-def _permuted(x: torch.Tensor, pattern: str) -> torch.Tensor:
-    """What MONAI takes from einops."""
-    before, after = (side.split() for side in pattern.split(" -> "))
-    return x.permute([before.index(axis) for axis in after])
-
-
 class Classic(nn.Module):
     """A U-Net of one step down and up, with batch norm, max pooling and interpolation."""
 
@@ -287,10 +281,7 @@ def differs(path: Path, network: nn.Module, size: tuple[int, ...]) -> float:
 
 @pytest.mark.parametrize("spatial", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_openvino_computes_what_torch_does(
-    tmp_path: Path, small_plan: Any, monkeypatch: pytest.MonkeyPatch, kind: str, spatial: int
-) -> None:
-    monkeypatch.setattr("monai.networks.nets.swin_unetr.rearrange", _permuted)
+def test_openvino_computes_what_torch_does(tmp_path: Path, small_plan: Any, kind: str, spatial: int) -> None:
     build_it, free = KINDS[kind]
     # Swin's deepest instance norm is over as few voxels as it may be, and so enlarges what is rounded.
     patch, tolerance = ((64, 32, 32), 1e-3) if "Swin" in kind else ((16, 16, 8), 1e-4)
