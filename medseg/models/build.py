@@ -72,6 +72,12 @@ def _staged(configuration: Configuration, channels: int, classes: int) -> nn.Mod
     return StagedUNet(configuration, channels, classes)
 
 
+def _mask_rcnn(configuration: Configuration, channels: int, classes: int) -> nn.Module:
+    from medseg.models.mask_rcnn import mask_rcnn
+
+    return mask_rcnn(configuration, channels, classes)
+
+
 BUILDERS: dict[str, Callable[[Configuration, int, int], nn.Module]] = {
     "unet": _unet,
     "unet-classic": _unet_classic,
@@ -82,6 +88,7 @@ BUILDERS: dict[str, Callable[[Configuration, int, int], nn.Module]] = {
     "mednext": _mednext,
     "fcn": _fcn,
     "deeplab": _deeplab,
+    "mask-rcnn": _mask_rcnn,
     "nnunet-plain": _staged,
     "nnunet-residual": _staged,
 }

@@ -57,7 +57,7 @@ _TAMED = 0.5
 
 
 # Of what the network answers and the batch's targets.
-Loss = Callable[[Tensor | list[Tensor], Any], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 # Targets with what only the averaged weights can add to them, at a share of the run.
 Ask = Callable[[nn.Module, Any, float], Any]
 
@@ -186,7 +186,7 @@ def train(
             configuration=configuration,
             outputs=plan.outputs,
             batches=TaughtBatches(make, cases, unlabelled, seed) if taught else make(cases, seed),
-            loss=beside(plan) if taught else loss_of(plan),
+            loss=beside(plan) if taught else loss_of(plan, configuration),
             ask=partial(answered, plan) if taught else None,
             identity=identity_of(plan, one, ranks, start, unlabelled if taught else ()),
             check=(lambda network: validate(network, validation, plan, setup.configuration, device, found, memory))

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medseg.plan.plan import Plan
+from medseg.plan.plan import Configuration, Plan
 
 # The class, in targets, of voxels that count for nothing.
 IGNORED = -1
@@ -147,9 +148,9 @@ LOSSES: dict[str, Callable[[Answer], Tensor]] = {
 }
 
 
-def loss_of(plan: Plan) -> Callable[[Tensor | list[Tensor], Tensor], Tensor]:
-    """The plan's loss: a function of logits (B, outputs, ...), or a list of them from fine to coarse,
-    and classes (B, ...). Computed in float32."""
+def loss_of(plan: Plan, configuration: Configuration | None = None) -> Callable[[Any, Tensor], Tensor]:
+    """The plan's loss: a function of what the configuration's network gives in training (where none is named,
+    logits (B, outputs, ...) or a list of them from fine to coarse) and of classes (B, ...). In float32."""
     chosen, ignoring = LOSSES[plan.training.loss], plan.training.ignore_label is not None
     class_of = {number: i for i, number in enumerate(plan.label_set.numbers, start=1)}
     regions = tuple(tuple(class_of[n] for n in region.labels if n in class_of) for region in plan.regions)
@@ -159,7 +160,19 @@ def loss_of(plan: Plan) -> Callable[[Tensor | list[Tensor], Tensor], Tensor]:
             return chosen(of_regions(logits, target, regions, ignoring=ignoring))
         return chosen(of_classes(logits, target, ignoring=ignoring))
 
-    return lambda outputs, target: supervised(outputs, target, one)
+    return by_family(configuration, one)
+
+
+def by_family(
+    configuration: Configuration | None, one: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Any, Tensor], Tensor]:
+    """The loss ``one`` of logits and classes as a loss of what the configuration's network gives in training:
+    of Mask R-CNN, beside that of its things."""
+    if configuration is None or configuration.network.value.family != "mask-rcnn":
+        return lambda outputs, target: supervised(outputs, target, one)
+    from medseg.train.detection import detection_loss  # MONAI's detection takes seconds to load
+
+    return lambda outputs, target: detection_loss(outputs, target) + one(outputs.semantic, target)
 
 
 def dice_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
