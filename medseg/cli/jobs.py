@@ -101,13 +101,18 @@ def jobs_of(
 def _files(scan: Path) -> list[Path]:
     from medseg.io.nifti import is_nifti, stem
     from medseg.io.scan import holds_dicom
-    from medseg.io.sidecar import SUFFIX
+    from medseg.io.sidecar import COUNTED, SUFFIX
+
+    def is_result(path: Path) -> bool:
+        own = stem(path)
+        beside = path.with_name(f"{own.removesuffix(COUNTED)}{SUFFIX}.json")
+        return own.endswith(SUFFIX) or (own.endswith(COUNTED) and beside.exists())
 
     if not scan.is_dir():
         return [scan]
     if (scan / "dataset.json").exists():
         raise InputError(f"{scan} is a task", "Name its imagesTs or imagesTr, or add --held-out")
-    found = sorted(p for p in scan.iterdir() if is_nifti(p) and not stem(p).endswith(SUFFIX))
+    found = sorted(p for p in scan.iterdir() if is_nifti(p) and not is_result(p))
     if not found and not holds_dicom(scan):
         raise InputError(
             f"{scan} holds no NIfTI file and no DICOM", "Name a folder of .nii.gz files or of one patient's DICOM"

@@ -24,12 +24,15 @@ from medseg.core.progress import silent
 from medseg.core.words import count
 
 if TYPE_CHECKING:
+    from medseg.core.instances import InstanceMap
+    from medseg.core.labels import LabelSet
     from medseg.core.volume import LabelMap, Volume
     from medseg.infer.predict import Prediction, Predictor, Thoroughness
     from medseg.io.reference import Reference
     from medseg.models.package import ModelPackage
     from medseg.plan.plan import Normalisation
 
+_COUNTED = "instances"
 _SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory")
 
 
@@ -342,12 +345,15 @@ def _reading(predictor: Predictor, wishes: Wishes, choice: _Choice | None, *, ba
     """What reads a job's scan. Where the model was chosen here, those scans that were read for it are not
     read again, and the others must be for it."""
     from medseg.infer.choice import require_fit
+    from medseg.io.sidecar import require_own
 
     def read(job: Job) -> Read:
         seen = choice.seen.pop(job, None) if choice else None
         if isinstance(seen, MedsegError):
             raise seen
         scan = seen or _read(job, predictor.package.plan.normalisation.value, wishes, bar=bar)
+        if predictor.package.configuration.network.value.family == "mask-rcnn":
+            require_own(job.output, _beside(job, _COUNTED))
         if choice and not seen:
             require_fit(scan.volume, predictor.package, choice.name)
         return scan
@@ -439,6 +445,8 @@ def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes:
             record["probabilities"] = result.probabilities.name
         if wishes.split:
             record["masks"] = _split(job, made.label_map)
+        if made.instances is not None:
+            record |= _counted(job, made.instances, made.label_map.labels)
         # Where the disk is full neither takes the place of an earlier one.
         write_json(staged, record)
         if scan.reference is None:
@@ -451,6 +459,27 @@ def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes:
     finally:
         staged.unlink(missing_ok=True)
     return record
+
+
+def _counted(job: Job, found: InstanceMap, labels: LabelSet) -> dict[str, Any]:
+    """The map of what was counted, beside the labels; its name, and each thing in a row."""
+    from medseg.core.volume import LabelMap
+    from medseg.io.nifti import write_labels
+
+    file = _beside(job, _COUNTED)
+    write_labels(file, LabelMap(found.values, found.grid, labels))
+    rows = [
+        {
+            "number": one.number,
+            "label": labels.name_of(one.label),
+            "score": one.score,
+            "voxels": one.voxels,
+            "volume_ml": one.volume_ml,
+            "centre_mm": list(one.centre_mm),
+        }
+        for one in found.instances
+    ]
+    return {"instance_map": file.name, "instances": rows}
 
 
 def _beside(job: Job, what: str) -> Path:
@@ -568,14 +597,19 @@ def _show(record: dict[str, Any]) -> None:
     rows = [["structure", "volume (ml)", "confidence" + ("" if calibrated else " (not calibrated)")]]
     if calibrated:
         rows[0].append("predicted Dice")
+    counted = record.get("instances")
+    if counted is not None:
+        rows[0].append("count")
     for organ in record["organs"]:
         # Of a structure that goes on beyond the scan, only the least volume is known.
         volume = f"{'>= ' if organ['cut'] else ''}{organ['volume_ml']:.3f}"
         rows.append([organ["name"], volume, _or_dash(organ["confidence"])])
         if calibrated:
             rows[-1].append(_or_dash(organ["predicted_dice"]))
+        if counted is not None:
+            rows[-1].append(str(sum(one["label"] == organ["name"] for one in counted)))
     click.echo(f"{record['scan']} -> {record['labels']}")
-    click.echo(table(rows, right=(1, 2, 3)))
+    click.echo(table(rows, right=(1, 2, 3, 4)))
     flagged = {flag["reason"]: flag["review"] for flag in record["flags"]}
     for warning in record["warnings"]:
         word = "warning" if warning not in flagged else "review" if flagged[warning] else "note"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from medseg.models.mask_rcnn import Detections
+
 Float32 = NDArray[np.float32]
 # Arrays live where the engine computes: numpy's, or torch's on a GPU. Both are indexed, added and
 # multiplied alike, and the code that adds tiles up does no more than that.
@@ -56,11 +58,25 @@ class Head:
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The N things that a network finds in a tile: ``boxes`` (N, 2, 3), the low and the high corner in voxels of
+    the tile, where voxel i reaches from i to i + 1; ``scores`` (N,) from 0 to 1; ``classes`` (N,) from 1 on; and
+    ``masks`` (N, x, y, z), the probability at the middle of each bin of a box that it belongs to the thing."""
+
+    boxes: Float32
+    scores: Float32
+    classes: NDArray[np.int64]
+    masks: Float32
+
+
 class Engine(Protocol):
     """A model that is ready to run on tiles of its configuration's patch.
 
     ``outputs`` counts the classes, or, where there is a ``head``, the features that it makes classes
     of. ``precision`` is f32, bf16 or f16; ``notes`` says what a person should know of how it went.
+    ``found`` is what each member found in each of the tiles last run, where the model counts things; in
+    mirrored copies none are looked for.
     """
 
     name: str
@@ -68,6 +84,7 @@ class Engine(Protocol):
     outputs: int
     head: Head | None
     notes: list[str]
+    found: list[list[Found]]
 
     def run(self, tiles: Float32) -> Array:
         """Logits, or features, (B, outputs, X, Y, Z), float32, of tiles (B, channels, X, Y, Z): the
@@ -101,8 +118,12 @@ def open_engine(
     """
     if name not in ENGINES:
         raise InputError(f"no engine is called {name!r}", f"Say {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
+    counts = package.configuration.network.value.family == "mask-rcnn"
+    if counts and name == "openvino":
+        raise InputError(f"{package.name} finds things, which OpenVINO does not", "Use --engine torch-cpu")
     if name == "auto":
         name = _choose(package)
+        name = "torch-cpu" if counts and name == "openvino" else name
     if name == "openvino":
         return OpenVinoEngine(package, threads, mirror, precision)
     import torch
@@ -137,6 +158,7 @@ class TorchEngine:
         self.name = f"torch-{device.type}"
         self.precision = precision or torch_precision(device)
         self.notes: list[str] = []
+        self.found: list[list[Found]] = []
         self._networks, self.head = _split(networks, outputs)
         self.outputs = self.head.weight.shape[1] if self.head else outputs
         self._device = device
@@ -149,6 +171,7 @@ class TorchEngine:
         import torch
 
         parts: list[torch.Tensor] = []
+        self.found = []
         done = 0
         while done < len(tiles):
             count = min(self._most, len(tiles) - done)
@@ -178,31 +201,41 @@ class TorchEngine:
         images = torch.from_numpy(np.ascontiguousarray(tiles)).to(self._device)
         half = torch.float16 if self.precision == "f16" else torch.bfloat16
         total: Any = None
+        found: list[list[Found]] = [[] for _ in tiles]
         # Not inference_mode, whose tensors could not be added up in place later.
         with torch.no_grad(), torch.autocast(self._device.type, half, enabled=self.precision != "f32"):
             for flip in self._flips:
                 turned = images.flip([2 + a for a in flip]) if flip else images
-                out = self._members(turned)
+                out = self._members(turned, None if flip else found)
                 out = out.flip([2 + a for a in flip]) if flip else out
                 total = out if total is None else total.add_(out)
+        self.found += found  # after all that may run out of memory, and be tried again
         count = len(self._flips)
         return total if count == 1 else total.div_(count)
 
-    def _members(self, images: torch.Tensor) -> torch.Tensor:
-        """The members' mean, or, where the head is left to the end, their features side by side."""
+    def _members(self, images: torch.Tensor, found: list[list[Found]] | None) -> torch.Tensor:
+        """The members' mean, or, where the head is left to the end, their features side by side. What they find
+        in each image goes to ``found``, unless it is not asked for."""
         import torch
 
         if self.head:
-            return torch.cat([self._forward(network, images) for network in self._networks], dim=1)
-        total = self._forward(self._networks[0], images)
+            return torch.cat([self._forward(network, images, found) for network in self._networks], dim=1)
+        total = self._forward(self._networks[0], images, found)
         for network in self._networks[1:]:
-            total = total.add_(self._forward(network, images))
+            total = total.add_(self._forward(network, images, found))
         return total if len(self._networks) == 1 else total.div_(len(self._networks))
 
-    def _forward(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        if self._flat is None:
-            return network(images).float()
-        return network(images.squeeze(2 + self._flat)).float().unsqueeze(2 + self._flat)
+    def _forward(self, network: nn.Module, images: torch.Tensor, found: list[list[Found]] | None) -> torch.Tensor:
+        flat = images if self._flat is None else images.squeeze(2 + self._flat)
+        if found is not None and hasattr(network, "detections"):
+            made: Any = network
+            proposals = made.propose(flat)
+            for own, one in zip(found, made.detections(proposals), strict=True):
+                own.append(_placed(one, self._flat))
+            out = proposals.semantic
+        else:
+            out = network(flat)
+        return out.float() if self._flat is None else out.float().unsqueeze(2 + self._flat)
 
     def zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         """See `Engine`."""
@@ -220,6 +253,17 @@ class TorchEngine:
         """See `Engine`."""
         out: Float32 = values.cpu().numpy()
         return out
+
+
+def _placed(found: Detections, flat: int | None) -> Found:
+    """What was found, as arrays and along three axes: of a 2D network along ``flat``, too, one voxel thick."""
+    boxes = found.boxes.float().cpu().numpy()
+    boxes = boxes.reshape(len(boxes), 2, boxes.shape[1] // 2)
+    masks = found.masks.float().cpu().numpy()
+    if flat is not None:
+        boxes = np.insert(boxes, flat, np.array([0, 1], dtype=np.float32), axis=2)
+        masks = np.expand_dims(masks, 1 + flat)
+    return Found(boxes, found.scores.float().cpu().numpy(), found.classes.cpu().numpy(), masks)
 
 
 class OpenVinoEngine:
@@ -245,6 +289,7 @@ class OpenVinoEngine:
         openvino, core = import_openvino(), openvino_core()
         self.precision = precision or _openvino_precision(core, package)
         self.notes: list[str] = []
+        self.found: list[list[Found]] = []
         self._flat = package.configuration.slice_axis
         self._flips = flips(mirror)
         self.head = _stored_head(package)

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.core.grid import Grid
+from medseg.core.instances import InstanceMap
 from medseg.core.progress import Progress, silent
 from medseg.core.shape import cut, pieces
 from medseg.core.volume import LabelMap, Volume
 from medseg.infer.budget import within
 from medseg.infer.engine import Engine, open_engine
+from medseg.infer.instances import Gathered, kept
 from medseg.infer.refine import chosen, keep_only, post_processed, without_small
 from medseg.infer.scout import scout, scouting
 from medseg.infer.stream import Decision, Keep, Tally, bring_home
@@ -31,6 +33,8 @@ from medseg.preprocess.regrid import home_thick, masked, network_grid, occupied,
 
 Thoroughness = Literal["quick", "normal", "quality"]
 
+# A voxel's thing, and how likely it is.
+_THINGS_BYTES = 3
 # More than this share of a structure taken away by the model's own post-processing is told.
 _MUCH = 0.1
 
@@ -56,7 +60,8 @@ class Organ:
 class Prediction:
     """Labels on the scan's own grid, organ by organ, which model made them, and what to beware of (the
     reasons of ``flags`` are among the ``warnings``); where it was asked for, the probability (X, Y, Z)
-    of what won each voxel; how far the model can be believed, None where that was never measured."""
+    of what won each voxel; how far the model can be believed, None where that was never measured; and the
+    things that it counted, None where it is no model for that."""
 
     label_map: LabelMap
     organs: tuple[Organ, ...]
@@ -67,6 +72,7 @@ class Prediction:
     probability: NDArray[np.float32] | None = None
     flags: tuple[Flag, ...] = ()
     calibration: Calibration | None = None
+    instances: InstanceMap | None = None
 
     @property
     def review(self) -> bool:
@@ -185,6 +191,7 @@ class Predictor:
             made.probability,
             flags,
             calibration,
+            None if made.instances is None else kept(made.instances, labels.numbers, smallest_mm3),
         )
 
 
@@ -210,12 +217,13 @@ def predict(volume: Volume, package: ModelPackage, *, engine: str = "auto") -> P
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Labels on the scan's own grid; what was counted on the way; and the probability (X, Y, Z) of
-    each voxel's label, where that was asked for."""
+    """Labels on the scan's own grid; what was counted on the way; the probability (X, Y, Z) of each
+    voxel's label, where that was asked for; and the things found, where the network looks for things."""
 
     label_map: LabelMap
     tally: Tally
     probability: NDArray[np.float32] | None
+    instances: InstanceMap | None = None
 
 
 def segment(
@@ -237,14 +245,16 @@ def segment(
 ) -> Segmentation:
     """Labels of a scan on its own grid, the probabilities being those of the logits divided by
     ``temperature``; ``previous`` are the labels of the stage before, if the model is one of two. Where
-    ``scouted``, tiles far from anything that a first pass suspects are left out, if that pays.
-    Training validates by this very function."""
+    ``scouted``, tiles far from anything that a first pass suspects are left out, if that pays, and if no
+    things are to be found. Training validates by this very function."""
     configuration = plan.configuration(configuration_name)
     box = occupied(volume, configuration.orientation)
     tiling = _tiles(engine, volume, plan, configuration, box, overlap, memory, scans_held, probability)
     prepared = preprocess(volume, plan, configuration, previous, box=box)
     thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
-    sparse = scouting(tiling, configuration) if scouted else None
+    counts = configuration.network.value.family == "mask-rcnn"
+    sparse = scouting(tiling, configuration) if scouted and not counts else None
+    gathered = Gathered(tiling.shape, configuration.slice_axis) if counts else None
     total = tiling.count + (sparse.count if sparse else 0)
     steps = iter(progress(range(total), total))
 
@@ -266,6 +276,7 @@ def segment(
             wanted=wanted,
             tell=tell,
             lopsided=imported,
+            take=gathered.take if gathered else None,
         ),
         prepared.grid,
         volume.grid,
@@ -279,7 +290,8 @@ def segment(
     values = home.winner
     if (numbers != np.arange(len(numbers))).any():
         values = numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16)[values]
-    return Segmentation(LabelMap(values, volume.grid, plan.label_set), home.tally, home.probability)
+    things = gathered.home(prepared.grid, volume.grid, plan.label_set.numbers) if gathered else None
+    return Segmentation(LabelMap(values, volume.grid, plan.label_set), home.tally, home.probability, things)
 
 
 def require_memory(
@@ -303,6 +315,7 @@ def _tiles(
 ) -> Tiling:
     """The tiles of `segment`, over a scan of which only ``box`` is not empty."""
     as_floats = 4 if masked(plan) else 0
+    things = _THINGS_BYTES if configuration.network.value.family == "mask-rcnn" else 0
     return within(
         memory,
         engine,
@@ -311,7 +324,8 @@ def _tiles(
         volume.grid,
         channels=plan.inputs(configuration),
         overlap=overlap,
-        voxel_bytes=scans_held * (volume.channels * (volume.values.itemsize + as_floats) + 1) + 4 * probability,
+        voxel_bytes=scans_held * (volume.channels * (volume.values.itemsize + as_floats) + 1 + things)
+        + 4 * probability,
     )
 
 

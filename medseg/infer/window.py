@@ -10,7 +10,7 @@ from itertools import pairwise, product
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.infer.engine import Array, Engine
+from medseg.infer.engine import Array, Engine, Found
 from medseg.plan.cost import OVERLAP, tile_count
 from medseg.plan.plan import Configuration
 
@@ -166,12 +166,14 @@ def sweep(
     wanted: Callable[[Box], bool] | None = None,
     tell: Tell = lambda count: None,
     lopsided: bool = False,
+    take: Callable[[Tile, list[Found]], None] | None = None,
 ) -> Iterator[Slab]:
     """Logits of an image (C, X, Y, Z) on the network's grid, weighted by `gaussian` and averaged over
     overlapping tiles, slab after slab as they are finished.
 
     What lies beyond the image is zero. Tiles whose box, clipped to the image, is not ``wanted`` are
-    not run. ``tell`` is told how many tiles more are done with. A slab's values are the caller's.
+    not run. ``tell`` is told how many tiles more are done with. A slab's values are the caller's. Of a
+    model that counts things, ``take`` is given what its members found in each tile.
     """
     weight = engine.array(gaussian(tiling.patch, lopsided=lopsided))
     for band in tiling.bands:
@@ -179,21 +181,31 @@ def sweep(
         for number, tiles in enumerate(parts.groups(_band_tiles(tiling, band))):
             chosen = [tile for tile in tiles if wanted is None or wanted(tile.box)]
             tell(len(tiles) - len(chosen))
-            for tile, logits in run_tiles(engine, image, tiling.patch, chosen, tell):
+            for tile, logits in run_tiles(engine, image, tiling.patch, chosen, tell, take):
                 parts.add(logits, weight, tile)
                 del logits  # not while the slab goes home
             yield parts.finish(number)
 
 
 def run_tiles(
-    engine: Engine, image: Float32, patch: tuple[int, int, int], tiles: Sequence[Tile], tell: Tell
+    engine: Engine,
+    image: Float32,
+    patch: tuple[int, int, int],
+    tiles: Sequence[Tile],
+    tell: Tell,
+    take: Callable[[Tile, list[Found]], None] | None = None,
 ) -> Iterator[tuple[Tile, Array]]:
-    """Tiles of an image (C, X, Y, Z), each with its logits (outputs, *patch). What lies beyond the
-    image is zero."""
+    """Tiles of an image (C, X, Y, Z), each with its logits (outputs, *patch); what was found in it is given to
+    ``take``. What lies beyond the image is zero."""
     size = max(1, _VOXELS_AT_ONCE // int(np.prod(patch)))
     for first in range(0, len(tiles), size):
         batch = tiles[first : first + size]
-        yield from zip(batch, engine.run(np.stack([_cut(image, tile.corner, patch) for tile in batch])), strict=True)
+        logits = engine.run(np.stack([_cut(image, tile.corner, patch) for tile in batch]))
+        if take:
+            for tile, found in zip(batch, engine.found, strict=True):
+                take(tile, found)
+        yield from zip(batch, logits, strict=True)
+        del logits
         tell(len(batch))
 
 

@@ -16,6 +16,8 @@ from medseg.io.files import read_json, write_json
 from medseg.io.nifti import SUFFIXES, read_labels, read_raw_labels
 
 SUFFIX = "_seg"
+# Of the map of the things that were counted, in place of the other.
+COUNTED = "_instances"
 INDEX = "predictions.json"
 
 

@@ -195,15 +195,15 @@ class MaskRCNN(nn.Module):
         """The things in each image of a batch, of what is known of it already."""
         with torch.no_grad():
             boxes = self.regions(found)
-            logits, deltas = self.look(found, boxes)
-            better = within(self.box_coder.decode_single(deltas.nan_to_num(), torch.cat(boxes)), found.patch)
-            scores, classes = logits.nan_to_num().softmax(dim=1)[:, 1:].max(dim=1)
+            logits, deltas = (said.float().nan_to_num() for said in self.look(found, boxes))
+            better = within(self.box_coder.decode_single(deltas, torch.cat(boxes)), found.patch)
+            scores, classes = logits.softmax(dim=1)[:, 1:].max(dim=1)
             counts = [len(one) for one in boxes]
             chosen = [
                 _likeliest(*one)
                 for one in zip(better.split(counts), scores.split(counts), classes.split(counts), strict=True)
             ]
-            masks = self.mask(found, [box for box, _, _ in chosen]).sigmoid()
+            masks = self.mask(found, [box for box, _, _ in chosen]).float().sigmoid()
             parts = masks.split([len(box) for box, _, _ in chosen])
             return [
                 Detections(box, score, number + 1, mask[torch.arange(len(box), device=mask.device), number])

@@ -23,13 +23,13 @@ from medseg.models.roi import bin_centres
 _CRUMB = {2: 4, 3: 8}
 # Anchors and boxes of an image that the losses look at, the share of them that hold something at the most, and
 # from how many times as many of the hardest the others are taken.
-_ANCHORS, _BOXES, _SHARE, _POOL = 48, 24, 1 / 3, 4
+_ANCHORS, _BOXES, _SHARE, _POOL = 48, 32, 1 / 3, 4
 # A box holds a thing that it overlaps so much (intersection over union), by dimensions.
 _HOLDS = {2: 0.5, 3: 0.35}
 # Masks are learnt of so many boxes of an image.
 _MASKS = 8
-# Where the smooth L1 loss turns from a parabola to a line.
-_BETA = 0.1
+# Where the smooth L1 loss of anchors and that of boxes turn from a parabola to a line, as in Mask R-CNN.
+_BETAS = 1 / 9, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +66,12 @@ def things_in(classes: NDArray[np.int64]) -> Things:
 
 
 class Hardest(HardNegativeSampler):
-    """MONAI's sampler without chance, so that a run repeats itself: of what holds something those that score
-    least, of the rest every n-th of those that score most."""
+    """MONAI's sampler without chance, so that a run repeats itself: of what holds something some all over the
+    list, of the rest every n-th of those that score most."""
 
     def select_positives(self, positive: Tensor, num_pos: int, labels: Tensor) -> Tensor:
         """As MONAI has it, but for the choice."""
-        return _marked(positive[:num_pos], labels)
+        return _marked(_spread(positive, num_pos), labels)
 
     def select_negatives(self, negative: Tensor, num_neg: int, fg_probs: Tensor) -> Tensor:
         """As MONAI has it, but for the choice."""
@@ -79,6 +79,13 @@ class Hardest(HardNegativeSampler):
         hardest = fg_probs[negative].topk(pool).indices
         step = max(1, pool // max(1, num_neg))
         return _marked(negative[hardest[::step][:num_neg]], fg_probs)
+
+
+def _spread(values: Tensor, count: int) -> Tensor:
+    """At most so many values, evenly from the whole list."""
+    if len(values) <= count:
+        return values
+    return values[torch.arange(count, device=values.device) * len(values) // count]
 
 
 def _marked(chosen: Tensor, like: Tensor) -> Tensor:
@@ -89,8 +96,9 @@ def _marked(chosen: Tensor, like: Tensor) -> Tensor:
 
 def detection_loss(found: Proposals, target: Tensor) -> Tensor:
     """The sum of five means: cross-entropy of whether anchors hold a thing, and smooth L1 of how its box differs
-    from theirs; cross-entropy of the class of proposed boxes, and smooth L1 of theirs; and of the masks in boxes
-    that hold one cross-entropy plus soft Dice. ``target`` (B, *patch) are classes.
+    from theirs; cross-entropy of the class of proposed boxes, and smooth L1 of theirs (both over all that are
+    looked at, those that hold nothing differing by nothing); and of the masks in boxes that hold one cross-entropy
+    plus soft Dice. ``target`` (B, *patch) are classes.
 
     Anchors are matched by ATSS (Zhang et al., 2020). The true boxes stand among those proposed.
     """
@@ -111,46 +119,38 @@ def _of_regions(found: Proposals, things: Sequence[Things]) -> Tensor:
     objectness, deltas = found.objectness.float(), found.deltas.float()
     sampler = Hardest(_ANCHORS, _SHARE, min_neg=_ANCHORS // 3, pool_size=_POOL)
     positive, negative = sampler(labels, objectness.detach().nan_to_num().sigmoid().flatten())
-    total = objectness.new_zeros(())
-    wanted, said = [], []
-    for image, one in enumerate(things):
-        holds = positive[image].bool()
-        sampled = holds | negative[image].bool()
-        wanted.append(_encoded(found.network.region_coder, one.boxes, matches[image][holds], anchors[holds]))
-        said.append(deltas[image][holds])
-        total = total + F.binary_cross_entropy_with_logits(
-            objectness[image][sampled], holds[sampled].float(), reduction="sum"
-        ) / sampled.sum().clamp_min(1)
-    return total / len(things) + _box_loss(torch.cat(said), torch.cat(wanted))
+    holds = torch.stack([one.bool() for one in positive])
+    sampled = holds | torch.stack([one.bool() for one in negative])
+    wanted = [
+        _encoded(found.network.region_coder, one.boxes, match[held], anchors[held])
+        for one, match, held in zip(things, matches, holds, strict=True)
+    ]
+    count = max(1, int(sampled.sum()))
+    presence = F.binary_cross_entropy_with_logits(objectness[sampled], holds[sampled].float(), reduction="sum")
+    return (presence + _difference(deltas[holds], torch.cat(wanted), _BETAS[0])) / count
 
 
 def _of_boxes(found: Proposals, things: Sequence[Things]) -> Tensor:
     network = found.network
-    boxes = [torch.cat([one, own.boxes]) for one, own in zip(network.regions(found), things, strict=True)]
-    counts = [len(one) for one in boxes]
+    boxes = [torch.cat([own.boxes, one]) for one, own in zip(network.regions(found), things, strict=True)]
     logits, deltas = network.look(found, boxes)
     owners = [_owners(one, own) for one, own in zip(boxes, things, strict=True)]
-    labels = [
-        _labels(_class_of(owner, own), one, own) for one, owner, own in zip(boxes, owners, things, strict=True)
-    ]
+    labels = [_labels(_class_of(owner, own), one, own) for one, owner, own in zip(boxes, owners, things, strict=True)]
     sampler = Hardest(_BOXES, _SHARE, min_neg=_BOXES // 3, pool_size=_POOL)
     positive, negative = sampler(labels, 1 - logits.detach().nan_to_num().softmax(dim=1)[:, 0])
     holds = [one.bool() for one in positive]
     sampled = torch.cat([h | n.bool() for h, n in zip(holds, negative, strict=True)])
-    classes = F.cross_entropy(logits[sampled], torch.cat(labels)[sampled], reduction="sum") / sampled.sum().clamp_min(1)
+    classes = F.cross_entropy(logits[sampled], torch.cat(labels)[sampled], reduction="sum")
     wanted = torch.cat(
         [
             _encoded(network.box_coder, own.boxes, owner[h], one[h])
             for one, h, owner, own in zip(boxes, holds, owners, things, strict=True)
         ]
     )
-    chosen = [h.nonzero().flatten()[-_MASKS:] for h in holds]
-    masks = _of_masks(
-        found, [b[c] for b, c in zip(boxes, chosen, strict=True)], [o[c] for o, c in zip(owners, chosen, strict=True)],
-        things,
-    )  # fmt: skip
-    assert sum(counts) == len(logits)  # noqa: S101
-    return classes + _box_loss(deltas[torch.cat(holds)], wanted) + masks
+    chosen = [_spread(h.nonzero().flatten(), _MASKS) for h in holds]
+    cut = [one[c] for one, c in zip(boxes, chosen, strict=True)]
+    masks = _of_masks(found, cut, [one[c] for one, c in zip(owners, chosen, strict=True)], things)
+    return (classes + _difference(deltas[torch.cat(holds)], wanted, _BETAS[1])) / max(1, int(sampled.sum())) + masks
 
 
 def _of_masks(found: Proposals, boxes: list[Tensor], owners: list[Tensor], things: Sequence[Things]) -> Tensor:
@@ -211,5 +211,5 @@ def _encoded(coder: object, true: Tensor, owners: Tensor, boxes: Tensor) -> Tens
     return differences
 
 
-def _box_loss(said: Tensor, wanted: Tensor) -> Tensor:
-    return F.smooth_l1_loss(said, wanted, beta=_BETA, reduction="sum") / max(1, len(wanted))
+def _difference(said: Tensor, wanted: Tensor, beta: float) -> Tensor:
+    return F.smooth_l1_loss(said, wanted, beta=beta, reduction="sum")

@@ -253,6 +253,8 @@ def prepare(
             f"{setup.configuration} takes another model's labels, and cannot learn from scans without any",
             "Plan without --unlabelled, or train another configuration",
         )
+    if configuration.network.value.family == "mask-rcnn":
+        _require_countable(plan, setup, device)
     if configuration.steps is None:
         raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")
     store.require(plan.preparation(setup.configuration), setup.configuration, setup.previous)
@@ -260,6 +262,15 @@ def prepare(
     if not cases:
         raise InputError(f"fold {setup.fold} has no case to train on", "Correct folds.json")
     return device, configuration, cases
+
+
+def _require_countable(plan: Plan, setup: Setup, device: torch.device) -> None:
+    """InputError where a plan wants of Mask R-CNN what it cannot do."""
+    if plan.regions or plan.training.wants_unlabelled:
+        what = "overlapping regions" if plan.regions else "scans without labels"
+        raise InputError(f"mask-rcnn does not learn from {what}", "Plan without, or with another network")
+    if setup.deterministic and device.type == "cuda":
+        raise InputError("mask-rcnn does not repeat itself on a GPU", "Leave out --deterministic, or use --device cpu")
 
 
 def identity_of(

@@ -50,7 +50,8 @@ def find_gpu() -> Gpu:
 
 
 def measure_step(configuration: Configuration, channels: int, classes: int, *, kind: str, threads: int) -> Step:
-    """The median of some training steps of a fresh network on random patches, and the most memory held:
+    """The median of some training steps of a fresh network on random patches (classes as well, or a few boxes of
+    them where things are counted), and the most memory held:
     network, average, optimiser and all that a step keeps.
 
     ``kind`` is ``cpu`` or ``cuda``; ``threads`` are the cores that it may use. Raises DoesNotFitError
@@ -135,24 +136,42 @@ def _steps(
 
     from medseg.models.build import build
     from medseg.train.loop import train_step
+    from medseg.train.loss import by_family, dice_cross_entropy
 
     torch.manual_seed(0)
     network = build(configuration, channels, classes).to(device)
     average = copy.deepcopy(network)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    loss = by_family(configuration, dice_cross_entropy)
+    counted = configuration.network.value.family == "mask-rcnn"
     shape = [p for axis, p in enumerate(patch) if axis != configuration.slice_axis]
     seconds: list[float] = []
     while len(seconds) < min(most, _FEWEST) or (len(seconds) < most and sum(seconds) < _SECONDS):
         # Anew each time, as a run does, which holds the next batch too.
         images = torch.randn((batch, channels, *shape)).to(device)
-        targets = torch.randint(0, classes, (batch, *shape)).to(device)
+        targets = _things(classes, batch, shape) if counted else torch.randint(0, classes, (batch, *shape))
+        targets = targets.to(device)
         begun = time.perf_counter()
-        train_step(network, optimiser, images, targets)
+        train_step(network, optimiser, images, targets, loss)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begun)
     del average
     return seconds
+
+
+def _things(classes: int, batch: int, shape: Sequence[int]) -> torch.Tensor:
+    """Targets (B, *shape) in which there are two cuboids of each class but the background, a fifth as long as
+    the patch."""
+    import torch
+
+    targets = torch.zeros((batch, *shape), dtype=torch.int64)
+    for one in targets:
+        for number in 2 * list(range(1, classes)):
+            sides = [max(1, n // 5) for n in shape]
+            low = [int(torch.randint(0, n - side + 1, ())) for n, side in zip(shape, sides, strict=True)]
+            one[tuple(slice(a, a + side) for a, side in zip(low, sides, strict=True))] = number
+    return targets
 
 
 def _forget_peak(device: torch.device) -> None:
