@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from monai.apps.detection.utils.ATSS_matcher import ATSSMatcher
 from monai.apps.detection.utils.hard_negative_sampler import HardNegativeSampler
-from monai.data.box_utils import box_iou
+from monai.data.box_utils import box_iou, box_pair_giou
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -121,13 +121,12 @@ def _of_regions(found: Proposals, things: Sequence[Things]) -> Tensor:
     positive, negative = sampler(labels, objectness.detach().nan_to_num().sigmoid().flatten())
     holds = torch.stack([one.bool() for one in positive])
     sampled = holds | torch.stack([one.bool() for one in negative])
-    wanted = [
-        _encoded(found.network.region_coder, one.boxes, match[held], anchors[held])
-        for one, match, held in zip(things, matches, holds, strict=True)
-    ]
-    count = max(1, int(sampled.sum()))
+    wanted = torch.cat([one.boxes[match[held]] for one, match, held in zip(things, matches, holds, strict=True)])
+    own = torch.cat([anchors[held] for held in holds])
     presence = F.binary_cross_entropy_with_logits(objectness[sampled], holds[sampled].float(), reduction="sum")
-    return (presence + _difference(deltas[holds], torch.cat(wanted), _BETAS[0])) / count
+    return presence / max(1, int(sampled.sum())) + _apart(
+        found.network.region_coder.decode_single(deltas[holds].nan_to_num(), own), wanted
+    )
 
 
 def _of_boxes(found: Proposals, things: Sequence[Things]) -> Tensor:
@@ -209,6 +208,11 @@ def _encoded(coder: object, true: Tensor, owners: Tensor, boxes: Tensor) -> Tens
         return boxes
     differences: Tensor = coder.encode_single(true[owners], boxes)  # type: ignore[attr-defined]
     return differences
+
+
+def _apart(said: Tensor, wanted: Tensor) -> Tensor:
+    """One less the mean generalised intersection over union of boxes, pair by pair; 0 where there are none."""
+    return (1 - box_pair_giou(said, wanted)).sum() / max(1, len(wanted))
 
 
 def _difference(said: Tensor, wanted: Tensor, beta: float) -> Tensor:
