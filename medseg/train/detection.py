@@ -24,12 +24,12 @@ _CRUMB = {2: 4, 3: 8}
 # Anchors and boxes of an image that the losses look at, the share of them that hold something at the most, and
 # from how many times as many of the hardest the others are taken.
 _ANCHORS, _BOXES, _SHARE, _POOL = 48, 32, 1 / 3, 4
+# An anchor fits nearly as well as another where its overlap is this share of the other's.
+_NEARLY = 0.9
 # A box holds a thing that it overlaps so much (intersection over union), by dimensions.
 _HOLDS = {2: 0.5, 3: 0.35}
 # Masks are learnt of so many boxes of an image.
 _MASKS = 8
-# Where the smooth L1 loss of anchors and that of boxes turn from a parabola to a line, as in Mask R-CNN.
-_BETAS = 1 / 9, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +95,10 @@ def _marked(chosen: Tensor, like: Tensor) -> Tensor:
 
 
 def detection_loss(found: Proposals, target: Tensor) -> Tensor:
-    """The sum of five means: cross-entropy of whether anchors hold a thing, and smooth L1 of how its box differs
-    from theirs; cross-entropy of the class of proposed boxes, and smooth L1 of theirs (both over all that are
-    looked at, those that hold nothing differing by nothing); and of the masks in boxes that hold one cross-entropy
-    plus soft Dice. ``target`` (B, *patch) are classes.
-
-    Anchors are matched by ATSS (Zhang et al., 2020). The true boxes stand among those proposed.
+    """The sum of five means: cross-entropy of whether anchors hold a thing, and of those that do one less the
+    generalised overlap (Rezatofighi et al., 2019) of what they make of its box; the same of proposed boxes, by
+    class; and of the masks in boxes that hold a thing cross-entropy plus soft Dice. ``target`` (B, *patch) are
+    classes. The true boxes stand among those proposed.
     """
     things = [_on(things_in(one), target.device) for one in target.cpu().numpy()]
     return _of_regions(found, things) + _of_boxes(found, things)
@@ -113,8 +111,7 @@ def _on(things: Things, device: torch.device) -> Things:
 def _of_regions(found: Proposals, things: Sequence[Things]) -> Tensor:
     anchors = found.network.anchors(found)
     levels = [one.shape[2:].numel() for one in found.levels]
-    matcher = ATSSMatcher(num_candidates=4, center_in_gt=False)
-    matches = [matcher(one.boxes, anchors, levels, 1)[1].to(anchors.device) for one in things]
+    matches = [matched(one.boxes, anchors, levels) for one in things]
     labels = [_labels((m >= 0).long(), anchors, one) for m, one in zip(matches, things, strict=True)]
     objectness, deltas = found.objectness.float(), found.deltas.float()
     sampler = Hardest(_ANCHORS, _SHARE, min_neg=_ANCHORS // 3, pool_size=_POOL)
@@ -129,6 +126,17 @@ def _of_regions(found: Proposals, things: Sequence[Things]) -> Tensor:
     )
 
 
+def matched(boxes: Tensor, anchors: Tensor, levels: Sequence[int]) -> Tensor:
+    """Of each anchor (A, 2 D) the box (N, 2 D) that it is to find, from 0 on, or a number below; there are so many
+    anchors on each of the ``levels``. By ATSS (Zhang et al., 2020), which leaves out boxes that several anchors fit
+    equally badly, as long thin ones; so a box gets all that fit nearly as well as the best, too."""
+    quality, matches = ATSSMatcher(num_candidates=4, center_in_gt=False)(boxes, anchors, levels, 1)
+    matches = matches.to(anchors.device)
+    for number, row in enumerate(quality):
+        matches[(row >= _NEARLY * row.max()) & (matches < 0)] = number
+    return matches
+
+
 def _of_boxes(found: Proposals, things: Sequence[Things]) -> Tensor:
     network = found.network
     boxes = [torch.cat([own.boxes, one]) for one, own in zip(network.regions(found), things, strict=True)]
@@ -140,16 +148,13 @@ def _of_boxes(found: Proposals, things: Sequence[Things]) -> Tensor:
     holds = [one.bool() for one in positive]
     sampled = torch.cat([h | n.bool() for h, n in zip(holds, negative, strict=True)])
     classes = F.cross_entropy(logits[sampled], torch.cat(labels)[sampled], reduction="sum")
-    wanted = torch.cat(
-        [
-            _encoded(network.box_coder, own.boxes, owner[h], one[h])
-            for one, h, owner, own in zip(boxes, holds, owners, things, strict=True)
-        ]
-    )
+    wanted = torch.cat([own.boxes[owner[h]] for h, owner, own in zip(holds, owners, things, strict=True)])
+    held = torch.cat(holds)
+    better = network.box_coder.decode_single(deltas[held].nan_to_num(), torch.cat(boxes)[held])
     chosen = [_spread(h.nonzero().flatten(), _MASKS) for h in holds]
     cut = [one[c] for one, c in zip(boxes, chosen, strict=True)]
     masks = _of_masks(found, cut, [one[c] for one, c in zip(owners, chosen, strict=True)], things)
-    return (classes + _difference(deltas[torch.cat(holds)], wanted, _BETAS[1])) / max(1, int(sampled.sum())) + masks
+    return classes / max(1, int(sampled.sum())) + _apart(better, wanted) + masks
 
 
 def _of_masks(found: Proposals, boxes: list[Tensor], owners: list[Tensor], things: Sequence[Things]) -> Tensor:
@@ -202,18 +207,6 @@ def _labels(labels: Tensor, boxes: Tensor, things: Things) -> Tensor:
     return torch.where((labels == 0) & things.unknown[tuple(at.T)], -1, labels)
 
 
-def _encoded(coder: object, true: Tensor, owners: Tensor, boxes: Tensor) -> Tensor:
-    """By how much the things' boxes differ from the boxes (n, 2 D) that hold them."""
-    if not len(boxes):
-        return boxes
-    differences: Tensor = coder.encode_single(true[owners], boxes)  # type: ignore[attr-defined]
-    return differences
-
-
 def _apart(said: Tensor, wanted: Tensor) -> Tensor:
     """One less the mean generalised intersection over union of boxes, pair by pair; 0 where there are none."""
     return (1 - box_pair_giou(said, wanted)).sum() / max(1, len(wanted))
-
-
-def _difference(said: Tensor, wanted: Tensor, beta: float) -> Tensor:
-    return F.smooth_l1_loss(said, wanted, beta=beta, reduction="sum")
