@@ -129,7 +129,7 @@ def merged(finds: Finds, shape: tuple[int, int, int], flat: int | None = None) -
             like = np.flatnonzero(free & _like(following.pop(), finds, cut_off, flat))
             free[like] = False
             own += like.tolist()
-            following += like[cut_off[like]].tolist()
+            following += like[cut_off[like] | (flat is not None)].tolist()
         things.append(_thing(np.array(own), finds, cut, weights, flat))
     kept = [one for one in things if one.score >= _LEAST_SCORE]
     return sorted(kept, key=lambda one: -one.score)
@@ -162,6 +162,8 @@ def _like(one: int, finds: Finds, cut_off: NDArray[np.bool_], flat: int | None) 
                    np.minimum(high, np.minimum(boxes[:, 1], boxes[one, 1])))  # fmt: skip
     same = both >= _SAME * np.maximum(mine + others - both, np.finfo(float).tiny)
     inside = cut_off & (both >= _INSIDE * _volume(boxes[:, 0], boxes[:, 1]))
+    if flat is not None:  # things begin and end in smaller slices
+        inside |= (finds.view != finds.view[one]) & (both >= _INSIDE * np.minimum(mine, others))
     like: NDArray[np.bool_] = near & (same | inside)
     return like
 
