@@ -262,7 +262,7 @@ def _mask(thing: Thing, finds: Finds, at: Sequence[Float64]) -> Float32:
         share = score * x[:, None, None] * y[:, None] * z
         total[tuple(seen)] += share * likely
         weight[tuple(seen)] += share
-    return total / np.maximum(weight, np.finfo(np.float32).tiny)
+    return total / np.maximum(weight, np.float32(1e-30))
 
 
 def _span(at: Float64, low: float, high: float) -> slice:
@@ -274,8 +274,7 @@ def _span(at: Float64, low: float, high: float) -> slice:
 def _central(at: Float64, low: float, high: float) -> Float32:
     """The weight of positions along one axis of a tile: 1 in its middle, falling off to next to nothing."""
     share = np.minimum(at - low, high - at) / ((high - low) / 2)
-    weight: Float32 = np.maximum(share, _FAINT).astype(np.float32)
-    return weight
+    return np.maximum(share, _FAINT).astype(np.float32)
 
 
 def _pasted(mask: Float32, box: Box, at: Sequence[Float64]) -> Float32:

@@ -102,7 +102,8 @@ class MaskRCNN(nn.Module):
         self.fine = _block(features[0], features[0], kernels[0], [1] * self.dimensions)
         self.semantic = _convolution(self.dimensions, features[0], classes, 1)
         with torch.no_grad():
-            self.semantic.bias[0] = _MOSTLY_NOTHING  # type: ignore[index]
+            bias = self.semantic.get_parameter("bias")
+            bias[0] = _MOSTLY_NOTHING
         self.region = _RegionHead(self.dimensions, width)
         self.box_head = BoxHead(self.dimensions, width, classes)
         self.mask_head = MaskHead(self.dimensions, features[0], classes)
@@ -230,7 +231,8 @@ def apart(boxes: Tensor, scores: Tensor, overlap: float, most: int) -> Tensor:
     for the overlaps box by box, takes a hundred times as long."""
     order = scores.argsort(descending=True, stable=True)
     near = (box_iou(boxes[order], boxes[order]) > overlap).cpu().numpy()
-    gone, keep = np.zeros(len(near), dtype=bool), []
+    gone = np.zeros(len(near), dtype=bool)
+    keep: list[int] = []
     for number, others in enumerate(near):
         if not gone[number] and len(keep) < most:
             keep.append(number)
