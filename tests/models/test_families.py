@@ -50,12 +50,13 @@ def seen(configuration: Configuration) -> tuple[int, ...]:
     return tuple(n for axis, n in enumerate(configuration.patch.value) if axis != configuration.slice_axis)
 
 
-def things(configuration: Configuration) -> tuple[Tensor, Tensor]:
-    """Images (2, C, ...) and classes (2, ...) with a block of each class."""
+def things(configuration: Configuration, share: float = 0.4) -> tuple[Tensor, Tensor]:
+    """Images (2, C, ...) and classes (2, ...) with a block of each class, so long along each axis."""
     shape = seen(configuration)
     target = torch.zeros((2, *shape), dtype=torch.int64)
-    for number in (1, 2):
-        target[(slice(None), *(slice(number * n // 4, number * n // 4 + n // 4) for n in shape))] = number
+    for number, place in ((1, 0.05), (2, 0.55)):
+        where = tuple(slice(round(place * n), round(place * n) + max(2, round(share * n))) for n in shape)
+        target[(slice(None), *where)] = number
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((2, CHANNELS, *shape), generator=generator) + target.unsqueeze(1)
     return images, target
@@ -95,9 +96,10 @@ def test_a_scan_of_odd_sizes_is_labelled_on_its_own_grid(
 def test_gradients_reach_every_parameter(family: str, patch: tuple[int, ...], small_plan: Callable[..., Any]) -> None:
     configuration = made(family, patch)
     network = seeded(configuration).train()
-    images, target = things(configuration)
     plan = small_plan(channels=("MR", "CT"), labels={1: "one", 2: "two"})
-    loss_of(plan, configuration)(network(images), target).backward()
+    for share in (0.1, 0.25, 0.4, 0.9):  # whatever is for things of one size learns from those
+        images, target = things(configuration, share)
+        loss_of(plan, configuration)(network(images), target).backward()  # type: ignore[no-untyped-call]
     unmoved = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert unmoved == []
 
