@@ -119,13 +119,23 @@ def weigh(configuration: Configuration, channels: int, classes: int) -> tuple[in
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
 
 
+# What batch norm calls the number of batches that it has seen.
+_COUNT = "num_batches_tracked"
+
+
+def _uncounted(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Takes out the number that batch norm puts among weights which it takes for those of an early torch."""
+    tensors.pop(prefix + _COUNT, None)
+
+
 def _only_floats(network: nn.Module) -> None:
     """Of what a network holds only real numbers are learnt and so are kept in files: batch norm does not count
     its batches, and tables of indices are made anew."""
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name == "num_batches_tracked":
+            if name == _COUNT:
                 module.register_buffer(name, None)
+                module.register_load_state_dict_pre_hook(_uncounted)
             elif not buffer.is_floating_point():
                 module.register_buffer(name, buffer, persistent=False)
 
