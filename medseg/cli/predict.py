@@ -346,13 +346,14 @@ def _reading(predictor: Predictor, wishes: Wishes, choice: _Choice | None, *, ba
     read again, and the others must be for it."""
     from medseg.infer.choice import require_fit
     from medseg.io.sidecar import require_own
+    from medseg.plan.families import FAMILIES
 
     def read(job: Job) -> Read:
         seen = choice.seen.pop(job, None) if choice else None
         if isinstance(seen, MedsegError):
             raise seen
         scan = seen or _read(job, predictor.package.plan.normalisation.value, wishes, bar=bar)
-        if predictor.package.configuration.network.value.family == "mask-rcnn":
+        if FAMILIES[predictor.package.configuration.network.value.family].counts:
             require_own(job.output, _beside(job, _COUNTED))
         if choice and not seen:
             require_fit(scan.volume, predictor.package, choice.name)

@@ -21,6 +21,7 @@ from medseg.models.build import build, split_head
 from medseg.models.onnx_file import read
 from medseg.models.package import ModelPackage, StoredWeights
 from medseg.models.portable import FEATURES, LOGITS, head_of, splits
+from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def open_engine(
     """
     if name not in ENGINES:
         raise InputError(f"no engine is called {name!r}", f"Say {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
-    counts = package.configuration.network.value.family == "mask-rcnn"
+    counts = FAMILIES[package.configuration.network.value.family].counts
     if counts and name == "openvino":
         raise InputError(f"{package.name} finds things, which OpenVINO does not", "Use --engine torch-cpu")
     if name == "auto":

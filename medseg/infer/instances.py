@@ -262,7 +262,8 @@ def _mask(thing: Thing, finds: Finds, at: Sequence[Float64]) -> Float32:
         share = score * x[:, None, None] * y[:, None] * z
         total[tuple(seen)] += share * likely
         weight[tuple(seen)] += share
-    return total / np.maximum(weight, np.float32(1e-30))
+    mean: Float32 = np.divide(total, np.maximum(weight, np.float32(1e-30)), dtype=np.float32)
+    return mean
 
 
 def _span(at: Float64, low: float, high: float) -> slice:
