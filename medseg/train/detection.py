@@ -115,15 +115,30 @@ def _of_regions(found: Proposals, things: Sequence[Things]) -> Tensor:
     labels = [_labels((m >= 0).long(), anchors, one) for m, one in zip(matches, things, strict=True)]
     objectness, deltas = found.objectness.float(), found.deltas.float()
     sampler = Hardest(_ANCHORS, _SHARE, min_neg=_ANCHORS // 3, pool_size=_POOL)
-    positive, negative = sampler(labels, objectness.detach().nan_to_num().sigmoid().flatten())
+    scores = objectness.detach().nan_to_num().sigmoid()
+    positive, negative = sampler(labels, scores.flatten())
     holds = torch.stack([one.bool() for one in positive])
-    sampled = holds | torch.stack([one.bool() for one in negative])
+    sampled = holds | torch.stack([one.bool() for one in negative]) | _hardest_of_each(scores, labels, levels)
     wanted = torch.cat([one.boxes[match[held]] for one, match, held in zip(things, matches, holds, strict=True)])
     own = torch.cat([anchors[held] for held in holds])
     presence = F.binary_cross_entropy_with_logits(objectness[sampled], holds[sampled].float(), reduction="sum")
     return presence / max(1, int(sampled.sum())) + _apart(
         found.network.region_coder.decode_single(deltas[holds].nan_to_num(), own), wanted
     )
+
+
+def _hardest_of_each(scores: Tensor, labels: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
+    """Which anchors (B, A) are the hardest of those on their level that hold nothing: a coarse level, which has few,
+    would else hardly learn to be silent."""
+    empty = torch.stack(list(labels)) == 0
+    chosen = torch.zeros_like(empty)
+    first = 0
+    for count in levels:
+        own = slice(first, first + count)
+        best = scores[:, own].masked_fill(~empty[:, own], -1).argmax(dim=1, keepdim=True)
+        chosen[:, own] = chosen[:, own].scatter(1, best, value=True)
+        first += count
+    return chosen & empty
 
 
 def matched(boxes: Tensor, anchors: Tensor, levels: Sequence[int]) -> Tensor:

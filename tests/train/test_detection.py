@@ -11,7 +11,7 @@ from monai.data.box_utils import box_iou
 
 from medseg.core.errors import InputError
 from medseg.plan.plan import Decision, Region
-from medseg.train.detection import Hardest, matched, things_in
+from medseg.train.detection import Hardest, _hardest_of_each, matched, things_in
 from medseg.train.loop import StoppedError
 from medseg.train.loss import IGNORED
 from medseg.train.measure import measure_step
@@ -93,6 +93,13 @@ def test_samples_are_the_same_every_time(count: int) -> None:
     hardest = scores[labels == 0].sort(descending=True).values
     assert scores[negative.bool()].max() == hardest[0]
     assert scores[negative.bool()].min() >= hardest[4 * int(negative.sum()) - 1]
+
+
+def test_every_level_is_told_what_it_gets_most_wrong() -> None:
+    scores = torch.tensor([[0.9, 0.2, 0.3, 0.6, 0.5, 0.4]])
+    labels = torch.tensor([1, 0, 0, 1, -1, -1])
+    assert _hardest_of_each(scores, [labels], [4, 2]).tolist() == [[False, False, True, False, False, False]]
+    assert _hardest_of_each(scores, [0 * labels], [4, 2]).tolist() == [[True, False, False, False, True, False]]
 
 
 # ---- in a run -----------------------------------------------------------------------------------
