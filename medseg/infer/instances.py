@@ -32,6 +32,8 @@ _BORDER, _CUT = 1 / 12, 0.5
 _SEES = 0.5
 # Below this score a thing is none; a voxel is its own from this probability on.
 _LEAST_SCORE, _OWN = 0.1, 0.5
+# With so much of it within likelier things a thing is one of them once more.
+_AGAIN = 0.5
 # The weight of a tile's outermost voxels in what is averaged over tiles; in its middle it is 1.
 _FAINT = 1e-3
 
@@ -202,8 +204,9 @@ def brought_home(
     finds: Finds, things: Sequence[Thing], source: Grid, onto: Grid, numbers: Sequence[int]
 ) -> InstanceMap:
     """Things on the scan's grid ``onto``. A voxel belongs to the thing whose mask, interpolated linearly at the
-    voxel's middle and averaged over tiles, is most probable there, and half at the least. Things that so come to
-    have no voxel are left out. The grids' axes must be parallel."""
+    voxel's middle and averaged over tiles, is most probable there, and half at the least. A thing most of whose
+    voxels are likelier things' is the same once more, whatever its class, and is left out, as is one without a
+    voxel. The grids' axes must be parallel."""
     maps = axis_maps(source, onto)
     if maps is None:
         raise ValueError("the grids' axes are not parallel")
@@ -225,7 +228,10 @@ def brought_home(
         likely = _mask(thing, finds, at)
         box = tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)
         said = np.rint(255 * likely).astype(np.uint8)
-        wins = (likely >= _OWN) & (said > best[box])
+        own = likely >= _OWN
+        if np.count_nonzero(turned[box][own]) >= _AGAIN * max(1, np.count_nonzero(own)):
+            continue
+        wins = own & (said > best[box])
         turned[box][wins] = number
         best[box][wins] = said[wins]
     label_of = {n: numbers[thing.number - 1] for n, thing in enumerate(things, start=1)}

@@ -172,7 +172,7 @@ def test_a_mask_lies_where_its_box_does(spacing: Any, direction: Any) -> None:
 
 def test_a_voxel_belongs_to_the_likelier_thing() -> None:
     grid, shape = Grid((12, 8, 8), np.eye(4)), (12, 8, 8)
-    left, right = found(((0, 0, 0), (8, 8, 8)), score=0.9), found(((4, 0, 0), (12, 8, 8)), score=0.6)
+    left, right = found(((0, 0, 0), (8, 8, 8)), score=0.9), found(((5, 0, 0), (12, 8, 8)), score=0.6)
     ramp = np.linspace(0.95, 0.55, 4, dtype=np.float32).reshape(1, 4, 1, 1)
     left = Found(left.boxes, left.scores, left.classes, left.masks * ramp)
     right = Found(right.boxes, right.scores, np.array([2]), right.masks * 0.8)
@@ -183,6 +183,15 @@ def test_a_voxel_belongs_to_the_likelier_thing() -> None:
     assert (line[:4] == 1).all()
     assert (line[6:] == 2).all()
     assert [row.label for row in home.instances] == [1, 2]
+
+
+def test_a_thing_within_a_likelier_one_is_no_other() -> None:
+    """Though its box is too unlike for boxes to tell, and its class another."""
+    grid, shape = Grid((12, 8, 8), np.eye(4)), (12, 8, 8)
+    gathered = Gathered(shape)
+    whole, part = found(((0, 0, 0), (9, 8, 8))), found(((5, 2, 2), (11, 6, 6)), score=0.6, number=2)
+    gathered.take(tile((0, 12), (0, 8), (0, 8)), [whole, part])
+    assert [row.label for row in gathered.home(grid, grid, [1, 2]).instances] == [1]
 
 
 def test_those_that_are_not_wanted_go() -> None:
