@@ -229,7 +229,8 @@ def brought_home(
         box = tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)
         said = np.rint(255 * likely).astype(np.uint8)
         own = likely >= _OWN
-        if np.count_nonzero(turned[box][own]) >= _AGAIN * max(1, np.count_nonzero(own)):
+        size = int(np.count_nonzero(own))
+        if int(np.count_nonzero(turned[box][own])) >= _AGAIN * max(1, size):
             continue
         wins = own & (said > best[box])
         turned[box][wins] = number
