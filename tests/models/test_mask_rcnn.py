@@ -301,7 +301,7 @@ def test_what_it_has_seen_it_finds(space: int) -> None:
     images, target = balls(space, size)
     loss = by_family(configuration, dice_cross_entropy)
     optimiser = torch.optim.AdamW(network.parameters(), lr=5e-3)
-    count = 80
+    count = 120
     for step in range(count):
         for group in optimiser.param_groups:
             group["lr"] = 5e-3 * min(1, (step + 1) / 10) * (1 - step / count)
