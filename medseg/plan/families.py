@@ -37,6 +37,7 @@ class Family:
     learning_rate: float = 1e-2
     work: float = 1.0
     memory: float = 1.0
+    sigmoid: bool = False
     counts: bool = False
     trained: bool = True
 
@@ -59,6 +60,7 @@ FAMILIES: dict[str, Family] = {
         most_halvings=4,
         doubling=True,
         width=2.0,
+        sigmoid=True,
     ),
     "resunet": Family("large and varied datasets, with a day or more to train"),
     "attention-unet": Family("small organs in large scans: gates that leave out what is far from them", cubic=True),
@@ -85,7 +87,7 @@ FAMILIES: dict[str, Family] = {
         least_halvings=3,
         most_halvings=4,
         doubling=True,
-        learning_rate=2e-3,
+        learning_rate=5e-3,
     ),
     "fcn": Family("large round organs, quickly: a residual encoder whose coarse answers are enlarged"),
     "deeplab": Family("large organs in much context: a dilated residual encoder that sees far", stages="dilated"),

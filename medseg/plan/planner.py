@@ -24,6 +24,7 @@ from medseg.plan.plan import (
     Network,
     Normalisation,
     Plan,
+    Region,
     Three,
     Training,
 )
@@ -115,7 +116,15 @@ def plan(
         configurations=configurations,
         training=_training(mirroring, volumes.steps.value if volumes.steps else _LONG, family),
         fingerprint=measured.digest(),
+        regions=_regions(labels, family),
     )
+
+
+def _regions(labels: LabelSet, family: str) -> tuple[Region, ...]:
+    """One output of a single label, where a family has it so; else an output for the background and each label."""
+    if not FAMILIES[family].sigmoid or len(labels) > 1:
+        return ()
+    return tuple(Region(name=label.name, labels=(label.number,), number=label.number) for label in labels)
 
 
 def _optional(names: Sequence[str], channels: Sequence[str]) -> Decision[tuple[str, ...]]:

@@ -36,6 +36,26 @@ def test_a_family_is_planned_trained_and_used(family: str, medseg: Any, blobs: P
     assert found.exists()
 
 
+@pytest.mark.slow
+def test_the_classic_of_one_structure_has_a_sigmoid(
+    medseg: Any, tiny_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    task = tiny_task(tmp_path / "Task00_blobs", 5, shape=(30, 34, 28), spacing=(1.0, 1.0, 1.0), labels=("blob",))
+    run = tmp_path / "run"
+    how = ("--family", "unet-classic", "--steps", 40, "--no-measure", "--machine", "cpu")
+    assert medseg("plan", task, "-o", run, *how).status == 0
+    plan = json.loads((run / "plan.json").read_text())
+    assert [region["labels"] for region in plan["regions"]] == [[1]]
+    assert medseg("preprocess", run, "-c", "3d").status == 0
+    said = medseg("train", run, "--threads", 1, "--device", "cpu")
+    assert said.status == 0, said
+    model, found = run / "3d" / "fold0" / "model", tmp_path / "found"
+    assert medseg("predict", task, "--held-out", "-m", model, "-o", found).status == 0
+    assert medseg("evaluate", found, task, "-o", tmp_path).status == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["summary"]}
+    assert rows["blob"]["dice_mean"] > 0.7
+
+
 def test_families_are_listed_with_what_they_cost(medseg: Any) -> None:
     said = medseg("models", "families", "--patch", "16x16", "--features", 2, "--json")
     assert said.status == 0, said
