@@ -60,6 +60,7 @@ rule plan:
         machine="gpu" if HAS_GPU else "cpu",
         memory="" if HAS_GPU else f"--memory {TRAINING_MB}MB",
         budgets=budget_options,
+        family=config["family"],
         unlabelled=" ".join(f"--unlabelled {how}" for how in listed(config["unlabelled"])),
         # Steps are timed on as many cores as train, and beside nothing else.
         threads=cores(config["threads"]),
@@ -71,7 +72,7 @@ rule plan:
         runtime=60,
     shell:
         "{MEDSEG} plan {params.task:q} -o {params.run:q} --folds {params.folds} --seed {params.seed} "
-        "--machine {params.machine} {params.memory} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1 "
+        "--family {params.family} --machine {params.machine} {params.memory} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1 "
         "&& touch {output}"
 
 

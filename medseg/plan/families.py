@@ -91,7 +91,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "fcn": Family("large round organs, quickly: a residual encoder whose coarse answers are enlarged"),
     "deeplab": Family("large organs in much context: a dilated residual encoder that sees far", stages="dilated"),
-    "mask-rcnn": Family("things that are counted: lesions, nodules, cells, vertebrae, one by one", counts=True),
+    "mask-rcnn": Family(
+        "things that are counted: lesions, nodules, cells, vertebrae, one by one", counts=True, learning_rate=5e-3
+    ),
     "nnunet-plain": Family("imported from nnU-Net", trained=False),
     "nnunet-residual": Family("imported from nnU-Net", trained=False),
 }

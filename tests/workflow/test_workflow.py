@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from medseg.plan.families import TRAINED
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -120,6 +122,7 @@ def test_one_task_can_be_named_on_the_command_line(configured):
         ({"folds": [5]}, "fold 5"),
         ({"device": "tpu"}, "device"),
         ({"unlabelled": ["everything"]}, "unlabelled"),
+        ({"family": "vnet"}, "family"),
         ({"tasks": ["nowhere"]}, "nowhere"),
         ({"splits": {"Task01": "splits.json"}}, "Task01"),
         ({"phantoms": {"tasks": ["heart"]}}, "heart"),
@@ -160,6 +163,14 @@ def test_scans_without_labels_are_learnt_from_where_that_is_asked_for(configured
         if " -m medseg plan " in line
     ]
     assert line.split("--budget 15m")[1].split(" --threads")[0].rstrip() == said
+
+
+def test_every_family_can_be_asked_for(configured):
+    schema = json.loads((ROOT / "pipelines" / "schemas" / "config.schema.json").read_text())
+    assert schema["properties"]["family"]["enum"] == list(TRAINED)
+    given = ("tasks=Task98_Tiny", "results=other", "family=resunet")
+    said = snakemake("--dry-run", "--printshellcmds", "--config", *given, folder=configured)
+    assert " --family resunet " in next(line for line in said.splitlines() if " -m medseg plan " in line)
 
 
 def test_a_job_that_fails_shows_why(tmp_path, tiny_task):
