@@ -118,8 +118,7 @@ def test_the_same_seed_gives_the_same_weights(
     def trained(seed: int) -> dict[str, Tensor]:
         network = seeded(configuration, seed)
         optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
-        for _ in range(2):
-            train_step(network, optimiser, images, target, loss_of(plan, configuration))
+        train_step(network, optimiser, images, target, loss_of(plan, configuration))
         return network.state_dict()
 
     first, again, other = trained(1), trained(1), trained(2)
@@ -189,8 +188,13 @@ def shaped(case: tuple[Volume, LabelMap], shape: tuple[int, int, int]) -> tuple[
 def test_learns_one_phantom_case_by_heart(
     family: str, prostate: tuple[Volume, LabelMap], small_plan: Callable[..., Any]
 ) -> None:
-    configuration = sketch(family, (24, 24, 24), 8, 64)
-    images, target = shaped(prostate, configuration.patch.value)
+    # Of Swin six slices: its smallest volume takes it minutes.
+    flat = family == "swinunetr"
+    configuration = sketch(family, (24, 24) if flat else (24, 24, 24), 8, 64)
+    x, y, z = configuration.patch.value
+    images, target = shaped(prostate, (x, y, 6 if flat else z))
+    if flat:
+        images, target = images[0].movedim(-1, 0), target[0].movedim(-1, 0)
     network, rate = seeded(configuration), FAMILIES[family].learning_rate
     optimiser = torch.optim.AdamW(network.parameters(), lr=rate)
     plan = small_plan(channels=("T2", "ADC"), labels={1: "PZ", 2: "TZ"})
