@@ -20,12 +20,16 @@ from medseg.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from medseg.core.volume import Volume
+    from medseg.core.instances import InstanceMap
+    from medseg.core.volume import LabelMap, Volume
     from medseg.dataset.task import Case
     from medseg.io.store import CaseStore
+    from medseg.plan.plan import Plan
 
 # Voxels of each structure that training may centre a patch on; more would not make it more varied.
 _PLACES = 20_000
+# Classes and things of a batch are 16-bit numbers.
+_MOST_CODES = 2**15
 
 
 @click.command()
@@ -43,8 +47,9 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
 
     from medseg.cli.stages import first_stage
     from medseg.core.errors import InputError
+    from medseg.core.instances import parted
     from medseg.core.resample import resample
-    from medseg.dataset.task import load_case, load_image
+    from medseg.dataset.task import load_case, load_image, load_instances
     from medseg.plan.fingerprint import image_hash
     from medseg.preprocess.regrid import preprocess as preprocess_volume
 
@@ -65,10 +70,14 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
     def labelled(store: CaseStore, case: Case) -> None:
         volume, labels = load_case(task, case)
         image = prepared(volume, case)
+        if plan.counts(configuration) and case.instances is not None:
+            labels = _numbered(labels, load_instances(task, case), plan, case)
         regridded = resample(labels, onto=image.grid).values
-        places = {}
+        places, plain = {}, regridded
+        if plan.counts(configuration):
+            plain, _ = parted(regridded, plan.thing_step)
         for number in plan.label_set.numbers:
-            where = np.flatnonzero(regridded == number)
+            where = np.flatnonzero(plain == number)
             places[number] = where[:: max(1, len(where) // _PLACES)]
         store.write(case.id, image.values, regridded, places)
 
@@ -94,6 +103,27 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
         click.echo(f"{len(scans)} scans without labels in {folder.unlabelled(configuration)}")
     fill(folder.store(configuration), task.cases, labelled)
     click.echo(f"{len(task.cases)} cases in {folder.store(configuration)}")
+
+
+def _numbered(labels: LabelMap, instances: InstanceMap, plan: Plan, case: Case) -> LabelMap:
+    """The labels with the number of each voxel's thing; InputError where there are more than training can tell."""
+    import numpy as np
+
+    from medseg.core.errors import InputError
+    from medseg.core.instances import numbered
+    from medseg.core.volume import LabelMap
+
+    most = _MOST_CODES // plan.outputs
+    if len(instances.instances) > most:
+        raise InputError(
+            f"it has {len(instances.instances)} instances, and training tells {most} of one scan",
+            "Crop the scan",
+            case=case.id,
+        )
+    ranks = np.zeros(max((one.number for one in instances.instances), default=0) + 1, dtype=np.int64)
+    ranks[[one.number for one in instances.instances]] = np.arange(1, len(instances.instances) + 1)
+    codes = numbered(labels.values, ranks[instances.values], plan.thing_step)
+    return LabelMap(codes, labels.grid, labels.labels)
 
 
 def _fill(

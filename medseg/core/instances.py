@@ -81,6 +81,19 @@ def described(values: NDArray[Any], grid: Grid, label_of: dict[int, int], score_
     return InstanceMap(values, grid, tuple(rows))
 
 
+def numbered(labels: NDArray[Any], things: NDArray[Any], step: int) -> NDArray[Any]:
+    """Label and thing of each voxel as one number: label + ``step`` x thing, labels being below ``step`` and things
+    numbered from 1, or 0. `parted` takes them apart."""
+    codes = labels.astype(np.int64) + step * things.astype(np.int64)
+    return codes.astype(np.min_scalar_type(int(codes.max(initial=0))))
+
+
+def parted(codes: NDArray[Any], step: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Labels and things, out of what `numbered` makes of them."""
+    things, labels = np.divmod(codes, step)
+    return labels, things
+
+
 def components(labels: LabelMap) -> InstanceMap:
     """The instances of a label map that has none of its own: what touches by faces, edges or corners and
     has one label is one thing."""

@@ -49,10 +49,16 @@ class Parts:
     edges: NDArray[np.int64]
 
 
-def connected(values: NDArray[np.integer]) -> Parts:
-    """The connected parts of a label map's values (X, Y, Z)."""
+def connected(values: NDArray[np.integer], things: NDArray[np.integer] | None = None) -> Parts:
+    """The connected parts of a label map's values (X, Y, Z). Where ``things`` (X, Y, Z) has a number above 0, its
+    voxels are one part, whether they touch or not, and no part of any other; they have one value."""
     # A frame of background, since there must be fewer parts than voxels.
-    index = cc3d.connected_components(np.pad(values, 1), connectivity=26)
+    alone = values if things is None else np.where(things > 0, 0, values)
+    index = cc3d.connected_components(np.pad(alone, 1), connectivity=26)
+    if things is not None:
+        numbered = np.pad(things, 1)
+        ranks = np.unique(numbered, return_inverse=True)[1].reshape(numbered.shape)
+        index = np.where(numbered > 0, index.max() + ranks, index).astype(np.uint32)
     found = cc3d.statistics(index)
     index = index[1:-1, 1:-1, 1:-1]
     numbers = np.zeros(len(found["voxel_counts"]), dtype=values.dtype)

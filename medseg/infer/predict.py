@@ -112,7 +112,9 @@ class Predictor:
         quick = thoroughness == "quick"
         self.overlap = (QUICK_OVERLAP if quick else OVERLAP) if overlap is None else overlap
         self.scans_held = scans_held
-        mirror = package.plan.training.augmentation.value.mirror if not quick else ()
+        # Things are found in what is not mirrored; their labels gain little by it.
+        counts = package.plan.counts(package.configuration_name)
+        mirror = () if quick or counts else package.plan.training.augmentation.value.mirror
         self.engine = open_engine(package, engine, self.threads, mirror)
         before = package.previous
         self._previous = (

@@ -386,7 +386,19 @@ class Plan(Strict):
             mode="json", include={"spacing", "orientation", "grid", "thick", "slice_axis", "previous"}
         )
         shared = self.model_dump(mode="json", include={"channels", "labels", "optional_channels", "normalisation"})
-        return digest(_without_reasons({**shared, "configuration": configuration}))
+        # Written where it is so, that those of other families are known as they were.
+        things = {"things": True} if self.counts(name) else {}
+        return digest(_without_reasons({**shared, **things, "configuration": configuration}))
+
+    def counts(self, name: str) -> bool:
+        """Whether a configuration's network tells things of one label from each other; the stored labels of its
+        cases are then numbered (`medseg.core.instances.numbered`, by `thing_step`) where their instances are known."""
+        return FAMILIES[self.configuration(name).network.value.family].counts
+
+    @property
+    def thing_step(self) -> int:
+        """Above all labels that a case may hold."""
+        return max(*self.label_set.numbers, self.training.ignore_label or 0) + 1
 
 
 def _without_reasons(value: Any) -> Any:

@@ -91,7 +91,8 @@ def plan(
     if unknown := set(target.budgets) - {"", *_NAMES}:
         raise InputError(f"a budget is given for {sorted(unknown)[0]!r}", f"Configurations are {', '.join(_NAMES)}")
     mirroring = mirrored(measured, labels)
-    chooser = Chooser(measured, len(labels) + 1, target, meter, copies=2 ** len(mirroring[0]))
+    copies = 1 if FAMILIES[family].counts else 2 ** len(mirroring[0])
+    chooser = Chooser(measured, len(labels) + 1, target, meter, copies=copies)
     solid = tuple(s for s in SIZES if s.voxels >= FAMILIES[family].least_patch(3))
     flat = tuple(s for s in SIZES if s.pixels >= FAMILIES[family].least_patch(2))
     volumes, size = chooser.choose("3d", lambda size: _volumes(measured, size, family), solid)

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg.core.errors import InputError
+from medseg.core.instances import parted
 from medseg.core.memory import free_memory
 from medseg.infer.engine import torch_precision
 from medseg.io.store import StoredCase
 from medseg.plan.cost import FEEDERS, Kind, estimate, feed_bytes
+from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Plan
 from medseg.train.augment import Variation, change, draw, mistaken, move, reach
-from medseg.train.loss import IGNORED
+from medseg.train.loss import IGNORED, plain
 from medseg.train.ranks import ALONE, Ranks
 from medseg.train.sample import Place, draw_case, draw_place, holders
 
@@ -41,8 +43,9 @@ class Batches:
     A batch depends on the seed and the step alone; each of several ``ranks`` makes its share of it.
     Cases are kept on the device once they are read where all of them fit into half of what training leaves
     free there, else in memory, else read in part each time; they may take a share ``room`` of that. Of unlabelled cases
-    every voxel's class is `IGNORED`. Of a second stage the last channels are what the first found: they
-    are moved with the classes, and given mistakes where the others' intensities are changed.
+    every voxel's class is `IGNORED`. Of a network that counts a voxel's class is class + outputs x number of its thing,
+    0 where that is not known. Of a second stage the last channels are what the first found: they are moved with the
+    classes, and given mistakes where the others' intensities are changed.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Batches:
         self._channels, self._inputs = len(plan.channels), plan.inputs(configuration)
         self._holders = holders(cases)
         self._class_of = _classes(plan)
+        self._counts = FAMILIES[configuration.network.value.family].counts
         self._as_they_are = np.array_equal(self._class_of[:-1], np.arange(len(self._class_of) - 1))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         size = sum(case.image.nbytes + 2 * math.prod(case.shape) for case in cases)
@@ -91,6 +95,8 @@ class Batches:
     def changed(self, step: int, images: Tensor, classes: Tensor, variations: list[Variation]) -> Tensor:
         """What `moved` gave with its intensities changed, in place."""
         noise = int(np.random.default_rng([self.seed, 2, step, self._rank]).integers(2**62))
+        if self._counts:
+            classes = plain(classes, self.plan.outputs)
         if self._inputs == self._channels:
             return change(images, classes, variations, self.configuration, noise)
         scan = images[:, : self._channels].contiguous()
@@ -165,13 +171,20 @@ class Batches:
             labels = np.asarray(case.labels[box])
         except (OSError, ValueError) as error:
             raise InputError(f"its preprocessed files cannot be read ({error})", _REMEDY, case=case.id) from None
+        things = None
+        if self._counts:
+            labels, things = parted(labels, self.plan.thing_step)
         last = len(self._class_of) - 1
-        if self._as_they_are and labels.size and labels.max() < last:  # no table, which takes thrice as long
+        if (
+            things is None and self._as_they_are and labels.size and labels.max() < last
+        ):  # no table, which takes thrice as long
             return torch.from_numpy(image), torch.from_numpy(labels.astype(np.int16))
         classes = self._class_of[np.minimum(labels.astype(np.intp), last)]
         if (classes == _UNKNOWN).any():
             strange = int(labels[classes == _UNKNOWN].min())
             raise InputError(f"it holds the label {strange}, which the plan does not know", _REMEDY, case=case.id)
+        if things is not None:
+            classes = np.where(classes > 0, classes + self.plan.outputs * things, classes).astype(np.int16)
         return torch.from_numpy(image), torch.from_numpy(classes)
 
 

@@ -43,13 +43,15 @@ class Things:
     unknown: Tensor
 
 
-def things_in(classes: NDArray[np.int64]) -> Things:
-    """The things of a patch of classes (*patch), two or three axes: what touches by faces, edges or corners and
-    is of one class. Unknown is what is ignored (negative), and what the patch's border leaves of a thing where
-    that is next to nothing."""
+def things_in(classes: NDArray[np.int64], count: int = 2**31) -> Things:
+    """The things of a patch of classes (*patch), two or three axes, which may be numbered (class + ``count`` x
+    number): what has one number; and of what has none, what touches by faces, edges or corners and is of one class.
+    Unknown is what is ignored (negative), and what the patch's border leaves of a thing where that is next to nothing.
+    """
     space = classes.ndim
-    known = np.where(classes > 0, classes, 0).astype(np.uint16)
-    parts = connected(known.reshape(*known.shape, *[1] * (3 - space)))
+    numbers, known = np.divmod(np.where(classes > 0, classes, 0), count)
+    solid = (*classes.shape, *[1] * (3 - space))
+    parts = connected(known.astype(np.uint16).reshape(solid), numbers.reshape(solid) if numbers.any() else None)
     index = np.asarray(parts.index).reshape(classes.shape).astype(np.int64)
     edges = parts.edges[:, :space]
     cut = ((edges[:, :, 0] == 0) | (edges[:, :, 1] == np.array(classes.shape) - 1)).any(axis=1)
@@ -98,9 +100,10 @@ def detection_loss(found: Proposals, target: Tensor) -> Tensor:
     """The sum of five means: cross-entropy of whether anchors hold a thing, and of those that do one less the
     generalised overlap (Rezatofighi et al., 2019) of what they make of its box; the same of proposed boxes, by
     class; and of the masks in boxes that hold a thing cross-entropy plus soft Dice. ``target`` (B, *patch) are
-    classes. The true boxes stand among those proposed.
+    classes, numbered or not. The true boxes stand among those proposed.
     """
-    things = [_on(things_in(one), target.device) for one in target.cpu().numpy()]
+    count = found.semantic.shape[1]
+    things = [_on(things_in(one, count), target.device) for one in target.cpu().numpy()]
     return _of_regions(found, things) + _of_boxes(found, things)
 
 

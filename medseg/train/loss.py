@@ -173,7 +173,15 @@ def by_family(
         return lambda outputs, target: supervised(outputs, target, one)
     from medseg.train.detection import detection_loss  # MONAI's detection takes seconds to load
 
-    return lambda outputs, target: detection_loss(outputs, target) + one(outputs.semantic, target)
+    def both(outputs: Any, target: Tensor) -> Tensor:
+        return detection_loss(outputs, target) + one(outputs.semantic, plain(target, outputs.semantic.shape[1]))
+
+    return both
+
+
+def plain(classes: Tensor, count: int) -> Tensor:
+    """Classes without the numbers of things: those of a network that counts are class + ``count`` x number."""
+    return torch.where(classes > 0, classes % count, classes)
 
 
 def dice_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
-from medseg.core.instances import InstanceMap, components
+from medseg.core.instances import InstanceMap, components, numbered, parted
 from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap
 
@@ -47,3 +47,14 @@ def test_nothing_has_no_instances() -> None:
 def test_another_shape_is_refused() -> None:
     with pytest.raises(InputError, match="instances of shape"):
         InstanceMap(np.zeros((2, 2, 2), dtype=np.int32), _grid((3, 3, 3)), ())
+
+
+def test_labels_and_things_make_one_number_and_come_apart() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, (6, 5, 4)).astype(np.uint8)
+    things = np.where(labels > 0, rng.integers(0, 900, labels.shape), 0)
+    codes = numbered(labels, things, 5)
+    assert codes.dtype == np.uint16
+    back = parted(codes, 5)
+    assert (back[0] == labels).all()
+    assert (back[1] == things).all()

@@ -116,6 +116,7 @@ def counting(plan: Any) -> Any:
 def test_a_run_that_was_stopped_ends_the_same(few: Any, same: Any) -> None:
     bench = few(steps=4, steps_per_epoch=2)
     bench.plan = counting(bench.plan)
+    bench.store.finish(bench.store.cases(), bench.plan.preparation("3d"), "3d")
     whole = bench.train("whole")
     asked = iter([False, True, *[False] * 9])
     with pytest.raises(StoppedError):
@@ -138,3 +139,21 @@ def test_what_it_cannot_learn_is_refused(few: Any, options: Any, word: str) -> N
 def test_a_step_is_measured_on_things(small_plan: Any) -> None:
     plan = counting(small_plan(patch=(16, 16, 16)))
     assert measure_step(plan.configuration("3d"), 1, 3, kind="cpu", threads=1).seconds > 0
+
+
+def test_numbered_things_stay_apart_where_they_touch_and_one_where_they_do_not() -> None:
+    classes = np.zeros((12, 10, 8), dtype=np.int64)
+    classes[1:4, 1:4, 1:4] = 1 + 3 * 7
+    classes[4:7, 1:4, 1:4] = 1 + 3 * 2  # touches the other
+    classes[1:4, 6:9, 1:4] = 2 + 3 * 9
+    classes[8:11, 6:9, 1:4] = 2 + 3 * 9  # of the same thing, and does not touch it
+    classes[8:11, 1:4, 4:7] = 2  # not numbered
+    found = things_in(classes, 3)
+    rows = sorted(zip(found.classes.tolist(), found.boxes.int().tolist(), strict=True))
+    assert rows == [
+        (1, [1, 1, 1, 4, 4, 4]),
+        (1, [4, 1, 1, 7, 4, 4]),
+        (2, [1, 6, 1, 11, 9, 4]),
+        (2, [8, 1, 4, 11, 4, 7]),
+    ]
+    assert len(things_in(np.where(classes > 0, classes % 3, 0), 3).boxes) == 4  # the touching ones are one
