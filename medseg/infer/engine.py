@@ -20,7 +20,8 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.models.build import build, split_head
 from medseg.models.onnx_file import read
 from medseg.models.package import ModelPackage, StoredWeights
-from medseg.models.portable import FEATURES, LOGITS, head_of, splits
+from medseg.models.parts import FEATURES, LOGITS
+from medseg.models.portable import head_of, splits
 from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration
 
@@ -462,7 +463,7 @@ def _stored_head(package: ModelPackage) -> Head | None:
         graphs = [read(path.read_bytes()) for path in package.graphs]
     except (OSError, ValueError):
         raise InputError(f"the files of {package.name} are not what they were", "Get the package again") from None
-    if any(len(graph.outputs) == 1 for graph in graphs):
+    if any(graph.outputs[-1].name != FEATURES for graph in graphs):
         return None
     if not splits(package.classes, sum(int(graph.outputs[1].shape[1]) for graph in graphs)):
         return None

@@ -24,14 +24,13 @@ from monai.networks.blocks.dynunet_block import UnetBasicBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medseg.models.parts import BOX_BINS, MASK_BINS
 from medseg.models.roi import roi_align
 from medseg.models.unet import Block
 from medseg.plan.plan import Configuration
 
 # Anchors are so many strides of their level long; boxes go from there by a factor, so one a place is enough.
 _ANCHOR = 3
-# Bins along each axis of a box, for its class and for its mask.
-BOX_BINS, MASK_BINS = 6, 14
 # Of an image the best so many anchors become boxes; of these, as many as do not overlap more than so.
 _CANDIDATES, _PROPOSALS, _PROPOSALS_OVERLAP = 256, 64, 0.7
 # What is said of an image: at most so many things, which do not overlap more than so, and are at least so likely.
@@ -295,12 +294,18 @@ class MaskHead(nn.Module):
         self.logits = _convolution(dimensions, width, classes - 1, 1)
 
     def forward(self, rois: Tensor) -> Tensor:
-        lines = [torch.linspace(-1, 1, n, device=rois.device, dtype=rois.dtype) for n in rois.shape[2:]]
-        where = torch.stack(torch.meshgrid(lines, indexing="ij")).expand(len(rois), *[-1] * (rois.ndim - 1))
-        x = F.leaky_relu(self.first(torch.cat([rois, where], dim=1)), 0.01)
+        nought = 0 * rois[:, :1]  # of the batch's size without that number, which no graph holds
+        where = [nought + _along(axis, rois) for axis in range(2, rois.ndim)]
+        x = F.leaky_relu(self.first(torch.cat([rois, *where], dim=1)), 0.01)
         x = F.leaky_relu(self.second(x), 0.01)
         logits: Tensor = self.logits(x)
         return logits
+
+
+def _along(axis: int, x: Tensor) -> Tensor:
+    """From -1 to 1 along one axis, in a shape to be added to ``x``."""
+    line = torch.linspace(-1, 1, x.shape[axis], device=x.device, dtype=x.dtype)
+    return line.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
 
 
 def _begin_small(*layers: nn.Module) -> None:

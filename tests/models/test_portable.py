@@ -20,6 +20,7 @@ from medseg.infer.engine import openvino_core
 from medseg.models.build import build, split_head
 from medseg.models.onnx_file import Constant, Graph, Node, NotPortableError, Port, read, write
 from medseg.models.package import INDEX, ModelPackage, load_package, save_package
+from medseg.models.parts import Part, parts
 from medseg.models.portable import check, export, layout, splits
 from medseg.plan.plan import Configuration
 
@@ -63,12 +64,18 @@ def configured(plan: Any) -> Configuration:
     return configuration
 
 
+def only(configuration: Configuration, classes: int = 3) -> Part:
+    """The one graph of a network of one channel."""
+    (part,) = parts(configuration, 1, classes)
+    return part
+
+
 def exported(folder: Path, network: nn.Module, configuration: Configuration, classes: int = 3) -> Path:
     """The ONNX file of a network of one channel, beside its weights. What is exported is `network` itself."""
     named = dict((*network.named_parameters(), *network.named_buffers()))
     save_file({name: named[name].contiguous() for name in named}, folder / "member0.safetensors")
     path = folder / "member0.onnx"
-    path.write_bytes(export(network, configuration, 1, classes, layout(folder / "member0.safetensors")))
+    path.write_bytes(export(network, only(configuration, classes), layout(folder / "member0.safetensors")))
     return path
 
 
@@ -133,7 +140,7 @@ class Odd(nn.Module):
         (nn.BatchNorm3d(3, track_running_stats=False), "native_batch_norm over a whole batch"),
         (nn.GELU("tanh"), "gelu by its approximation"),
         (nn.AdaptiveAvgPool3d(5), "_adaptive_avg_pool3d whose windows are not all alike"),
-        (torch.flatten, "a logit of each class and voxel"),
+        (torch.flatten, "something else than logits of its size"),
         (lambda x: torch.cumsum(x, 2), "no operator for cumsum"),
         (lambda x: x * torch.rand(3, 1, 1, 1), "no operator for rand"),
         (lambda x: x + torch.ones(len(x), 1, 1, 1, 1), "constants are others"),
@@ -141,7 +148,8 @@ class Odd(nn.Module):
         (lambda x: x if x.sum() > 0 else -x, "steps cannot be told"),
         (lambda x: torch.cat([x] * len(x), 2), "steps are others"),
         (lambda x: x * (x == 0), "computes with truths"),
-        (lambda x: (x, x), "something else than one tensor"),
+        (lambda x: (x, x), "something else than logits"),
+        (lambda x: (x, 1), "something else than tensors"),
         (lambda x: x + 0 * x[0:1].relu_() + x, "another view"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -162,10 +170,10 @@ def test_weights_that_the_file_lacks_or_has_otherwise_are_said(tmp_path: Path, s
     ):
         save_file({**weights, **changed}, path)
         if why is None:
-            export(network, plan, 1, 3, layout(path))
+            export(network, only(plan), layout(path))
         else:
             with pytest.raises(NotPortableError, match=why):
-                export(network, plan, 1, 3, layout(path))
+                export(network, only(plan), layout(path))
 
 
 def test_a_package_whose_network_is_not_portable_says_why(tmp_path: Path, small_plan: Any) -> None:
@@ -294,7 +302,7 @@ def test_openvino_computes_what_torch_does(tmp_path: Path, small_plan: Any, kind
             buffer.add_(0.2 * torch.rand(buffer.shape))
     path = exported(tmp_path, network, configuration)
     onnx.checker.check_model(str(path), full_check=True)
-    graph = check(path, layout(tmp_path / "member0.safetensors"), configuration, 1, 3)
+    graph = check(path, layout(tmp_path / "member0.safetensors"), only(configuration))
     assert graph.inputs[0].shape[2:] == (tuple(f"size{n}" for n in range(spatial)) if free else patch[:spatial])
     assert differs(path, network, patch[:spatial]) < tolerance
 
@@ -360,8 +368,8 @@ def test_half_weights_and_numbers_that_are_no_weights_lie_in_the_file(tmp_path: 
     with torch.device("meta"):
         empty = Classic(*_layers(3, "MaxPool"))
     path = tmp_path / "member0.onnx"
-    path.write_bytes(export(empty, configured(small_plan()), 1, 3, where))
-    assert {w.half for w in check(path, where, configured(small_plan()), 1, 3).weights} == {True}
+    path.write_bytes(export(empty, only(configured(small_plan())), where))
+    assert {w.half for w in check(path, where, only(configured(small_plan()))).weights} == {True}
     assert any("num_batches" in name for name in where.others)
     assert differs(path, network, (16, 16, 16)) < 1e-4
 
@@ -504,7 +512,7 @@ def test_a_graph_cut_short_anywhere_is_refused(folder: Path, small_plan: Any) ->
     for size in (*range(0, len(data), 97), len(data) - 1):
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"."):
-            check(path, weights, configured(plan), 1, 3)
+            check(path, weights, only(configured(plan)))
 
 
 def test_bytes_changed_at_random_never_do_more_than_refuse(folder: Path, small_plan: Any) -> None:
@@ -516,7 +524,7 @@ def test_bytes_changed_at_random_never_do_more_than_refuse(folder: Path, small_p
         spoilt[rng.integers(len(data))] = rng.integers(256)
         path.write_bytes(bytes(spoilt))
         try:
-            graph = check(path, weights, configured(plan), 1, 3)
+            graph = check(path, weights, only(configured(plan)))
         except ValueError:
             continue
         assert {weight.location for weight in graph.weights} == {"member0.safetensors"}
