@@ -26,7 +26,6 @@ from medseg.models.onnx_file import NotPortableError
 from medseg.models.parts import Part, parts
 from medseg.models.portable import check, export, layout
 from medseg.models.refinement import Refinement
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Finite, Plan, Share, Strict, read_plan, write_plan
 
 if TYPE_CHECKING:
@@ -358,8 +357,6 @@ def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage)
     """Write each member's ONNX files; their names, or none and why there can be none."""
     import torch
 
-    if FAMILIES[package.configuration.network.value.family].counts:
-        return (), "what finds things has no portable form yet"
     # Not on the meta device, where tables of indices would have no values. Whoever saves while training goes on
     # draws the same numbers after as before.
     with torch.random.fork_rng(devices=()):

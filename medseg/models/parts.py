@@ -37,7 +37,7 @@ class Part:
 
 def parts(configuration: Configuration, channels: int, classes: int) -> tuple[Part, ...]:
     """The graphs of a configuration's network; ``classes`` counts the background."""
-    patch = _seen(configuration, configuration.patch.value)
+    patch = seen(configuration, configuration.patch.value)
     if FAMILIES[configuration.network.value.family].counts:
         return _of_detector(configuration, channels, classes, patch)
     return (Part("", _port(TILES, channels, *patch), (_port(LOGITS, classes, *patch),)),)
@@ -47,7 +47,7 @@ def _of_detector(configuration: Configuration, channels: int, classes: int, patc
     """Those of `medseg.models.mask_rcnn`: all before single boxes are looked at, and the heads that look."""
     network, space = configuration.network.value, len(patch)
     fine, width = network.features[:2]
-    strides = accumulate((_seen(configuration, stride) for stride in network.strides), _times)
+    strides = accumulate((seen(configuration, stride) for stride in network.strides), _times)
     levels = [tuple(n // by for n, by in zip(patch, reached, strict=True)) for reached in strides][1:]
     anchors = sum(map(math.prod, levels))
     dense = (
@@ -65,7 +65,7 @@ def _of_detector(configuration: Configuration, channels: int, classes: int, patc
     )
 
 
-def _seen(configuration: Configuration, sizes: Sequence[int]) -> tuple[int, ...]:
+def seen(configuration: Configuration, sizes: Sequence[int]) -> tuple[int, ...]:
     """Those along the axes that the network sees."""
     return tuple(n for axis, n in enumerate(sizes) if axis != configuration.slice_axis)
 
