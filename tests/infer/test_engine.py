@@ -152,6 +152,7 @@ def test_each_member_tells_what_it_finds_in_each_tile(tmp_path: Path, small_plan
         engine.run(tiles)
         assert [len(members) for members in engine.found] == [2, 2, 2]
         first = engine.found[0][1]
+        assert len(first.scores)
         engine.run(tiles[:1])  # and what was told before stays
         ((_, again),) = engine.found
         for before, after in zip(vars(first).values(), vars(again).values(), strict=True):

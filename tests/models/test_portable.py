@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -392,9 +393,9 @@ def resign(folder: Path, name: str, data: bytes) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def refused(folder: Path, data: bytes) -> None:
-    resign(folder, "member0.onnx", data)
-    with pytest.raises(InputError, match=r"member0\.onnx is not this model's network"):
+def refused(folder: Path, data: bytes, name: str = "member0.onnx") -> None:
+    resign(folder, name, data)
+    with pytest.raises(InputError, match=f"{re.escape(name)} is not this model's network"):
         load_package(folder)
 
 
@@ -532,3 +533,112 @@ def test_bytes_changed_at_random_never_do_more_than_refuse(folder: Path, small_p
 
 def test_a_graph_of_great_size_is_not_read(folder: Path) -> None:
     refused(folder, b"\0" * (2**24 + 1))
+
+
+def test_what_is_given_was_computed(folder: Path) -> None:
+    graph = read((folder / "member0.onnx").read_bytes())
+    last = replace(graph.nodes[-1], output="elsewhere")
+    refused(folder, write(replace(graph, nodes=(*graph.nodes[:-1], last))))
+
+
+# ---- three graphs -------------------------------------------------------------------------------
+
+PARTS = ["dense", "box_head", "mask_head"]
+
+
+@pytest.fixture
+def three(tmp_path: Path, small_plan: Any) -> Path:
+    packaged(tmp_path / "model", small_plan(family="mask-rcnn"))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [PARTS[:2], PARTS[:1], [*PARTS, "dense"], [*PARTS, *PARTS], PARTS[::-1], ["dense", "mask_head", "box_head"],
+     ["dense", "box_head", "box_head"], ["dense", "dense", "dense"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_graphs_that_are_missing_or_swapped_are_refused(three: Path, names: list[str]) -> None:
+    index = json.loads((three / INDEX).read_text())
+    assert index["graphs"] == [f"member0.{name}.onnx" for name in PARTS]
+    index["graphs"] = [f"member0.{name}.onnx" for name in names]
+    (three / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"some of its members only, or too many|is not this model's network"):
+        load_package(three)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_graph_that_is_gone_is_refused(three: Path, name: str) -> None:
+    (three / f"member0.{name}.onnx").unlink()
+    with pytest.raises(InputError, match="is missing or was changed"):
+        load_package(three)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_graphs_of_another_member_are_refused(tmp_path: Path, small_plan: Any, name: str) -> None:
+    packaged(tmp_path / "model", small_plan(family="mask-rcnn"), members=2)
+    other = (tmp_path / "model" / f"member1.{name}.onnx").read_bytes()
+    refused(tmp_path / "model", other, f"member0.{name}.onnx")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_hold_known_operators_and_their_own_ports_alone(three: Path, name: str) -> None:
+    file = f"member0.{name}.onnx"
+    graph = read((three / file).read_bytes())
+    (takes,), gives = graph.inputs, graph.outputs
+
+    def changed(port: Port, at: int, size: int | str) -> Port:
+        return Port(port.name, (*port.shape[:at], size, *port.shape[at + 1 :]))
+
+    loop = Node("Loop", graph.nodes[0].inputs, "loop")
+    for spoilt in (
+        replace(graph, nodes=(*graph.nodes, loop)),
+        replace(graph, inputs=()),
+        replace(graph, inputs=(takes, Port("more", takes.shape))),
+        replace(graph, inputs=(), outputs=(takes, *gives)),
+        replace(graph, inputs=(changed(takes, 0, 1),)),
+        replace(graph, inputs=(changed(takes, 1, 99),)),
+        replace(graph, inputs=(changed(takes, 2, 99),)),
+        replace(graph, inputs=(changed(takes, 2, "size0"),)),
+        replace(graph, outputs=()),
+        replace(graph, outputs=gives[:-1]),
+        replace(graph, outputs=(*gives, gives[-1])),
+        replace(graph, outputs=(*gives, Port(graph.nodes[0].output, ("batch", 4)))),
+        replace(graph, outputs=(*gives[:-1], Port("other", gives[-1].shape))),
+        replace(graph, outputs=(*gives[:-1], changed(gives[-1], 0, 2))),
+        replace(graph, outputs=(*gives[:-1], changed(gives[-1], 1, 99))),
+        replace(graph, outputs=(*gives[:-1], Port(gives[-1].name, (*gives[-1].shape, 1)))),
+        replace(graph, nodes=tuple(node for node in graph.nodes if node.output != gives[0].name)),
+    ):
+        refused(three, write(spoilt), file)
+    if len(gives) > 1:
+        refused(three, write(replace(graph, outputs=gives[::-1])), file)
+    weight = graph.weights[0]
+    refused(three, write(replace(graph, weights=(replace(weight, offset=0), *graph.weights[1:]))), file)
+    resign(three, file, write(graph))
+    assert load_package(three).graphs
+
+
+def test_a_whole_network_is_no_part(three: Path, tmp_path: Path, small_plan: Any) -> None:
+    packaged(tmp_path / "whole", small_plan())
+    refused(three, (tmp_path / "whole" / "member0.onnx").read_bytes(), "member0.dense.onnx")
+
+
+def test_weights_of_all_parts_are_on_the_disk_once(three: Path) -> None:
+    graphs = [read(path.read_bytes()) for path in load_package(three).graphs]
+    names = [weight.name for graph in graphs for weight in graph.weights]
+    assert sorted(names) == sorted(layout(three / "member0.safetensors").tensors)
+    assert all((three / f"member0.{name}.onnx").stat().st_size < 16_000 for name in PARTS)
+
+
+def test_of_another_network_nothing_of_the_parts_stays(three: Path, small_plan: Any) -> None:
+    packaged(three, small_plan())
+    assert sorted(path.name for path in three.glob("member*")) == ["member0.onnx", "member0.safetensors"]
+
+
+def test_parts_without_a_portable_form_are_read(three: Path) -> None:
+    """As packages were before there was one."""
+    index = json.loads((three / INDEX).read_text())
+    old = {k: v for k, v in index["checksums"].items() if not k.endswith(".onnx")}
+    (three / INDEX).write_text(json.dumps({**index, "graphs": [], "not_portable": "not yet", "checksums": old}))
+    assert load_package(three).graphs == ()
