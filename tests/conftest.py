@@ -108,6 +108,7 @@ def small_plan(
     channels: Sequence[str] = ("CT",),
     labels: dict[int, str] | None = None,
     batch: int = 2,
+    family: str = "unet",
     steps: int | None = 5,
     steps_per_epoch: int = 5,
     **training: Any,
@@ -141,6 +142,7 @@ def small_plan(
                 **({"steps": {"value": steps}} if steps else {}),
                 "network": {
                     "value": {
+                        "family": family,
                         "features": list(features),
                         "kernels": [kernel] * stages,
                         "strides": [[1, 1, 1]] + [stride] * (stages - 1),

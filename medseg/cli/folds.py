@@ -140,7 +140,6 @@ def all_folds(
     from medseg.cli.stages import first_stage, refuse_unlabelled
     from medseg.io.sidecar import INDEX
     from medseg.models.package import load_package
-    from medseg.plan.families import FAMILIES
 
     folder = RunFolder(run)
     task, plan = folder.task(), folder.plan()
@@ -178,9 +177,7 @@ def all_folds(
             if isinstance(found, Lack):
                 raise InputError(found.what, f"Run `{found}`")
             if fold.predicted(found, task):
-                counts = FAMILIES[plan.configuration(name).network.value.family].counts
-                own = "torch-cpu" if counts and engine == "openvino" else engine
-                _run(*fold.predict(task), "--engine", own, *cores)
+                _run(*fold.predict(task), "--engine", engine, *cores)
             if not _newer(fold.path / "metrics.json", fold.predictions / INDEX):
                 _run("evaluate", str(fold.predictions), str(task.folder), "-o", str(fold.path))
     _run("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, combinations
+from itertools import chain, combinations, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,15 +20,18 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.models.build import build, split_head
 from medseg.models.onnx_file import read
 from medseg.models.package import ModelPackage, StoredWeights
-from medseg.models.portable import FEATURES, LOGITS, head_of, splits
-from medseg.plan.families import FAMILIES
+from medseg.models.parts import FEATURES, Part
+from medseg.models.portable import head_of, splits
 from medseg.plan.plan import Configuration
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import nn
 
-    from medseg.models.mask_rcnn import Detections
+    from medseg.infer.detector import GraphDetector, Run
+    from medseg.models.mask_rcnn import Detections, Detector
 
 Float32 = NDArray[np.float32]
 # Arrays live where the engine computes: numpy's, or torch's on a GPU. Both are indexed, added and
@@ -119,12 +122,8 @@ def open_engine(
     """
     if name not in ENGINES:
         raise InputError(f"no engine is called {name!r}", f"Say {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
-    counts = FAMILIES[package.configuration.network.value.family].counts
-    if counts and name == "openvino":
-        raise InputError(f"{package.name} finds things, which OpenVINO does not", "Use --engine torch-cpu")
     if name == "auto":
         name = _choose(package)
-        name = "torch-cpu" if counts and name == "openvino" else name
     if name == "openvino":
         return OpenVinoEngine(package, threads, mirror, precision)
     import torch
@@ -228,14 +227,8 @@ class TorchEngine:
 
     def _forward(self, network: nn.Module, images: torch.Tensor, found: list[list[Found]] | None) -> torch.Tensor:
         flat = images if self._flat is None else images.squeeze(2 + self._flat)
-        if found is not None and hasattr(network, "detections"):
-            made: Any = network
-            proposals = made.propose(flat)
-            for own, one in zip(found, made.detections(proposals), strict=True):
-                own.append(_placed(one, self._flat))
-            out = proposals.semantic
-        else:
-            out = network(flat)
+        made: Any = network
+        out = _looked(made, flat, found, self._flat) if hasattr(network, "detections") else network(flat)
         return out.float() if self._flat is None else out.float().unsqueeze(2 + self._flat)
 
     def zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -256,6 +249,15 @@ class TorchEngine:
         return out
 
 
+def _looked(network: Detector, images: torch.Tensor, found: list[list[Found]] | None, flat: int | None) -> torch.Tensor:
+    """Semantic logits of images; what is found in each goes to ``found``, unless it is not asked for."""
+    proposals = network.propose(images)
+    if found is not None:
+        for own, one in zip(found, network.detections(proposals), strict=True):
+            own.append(_placed(one, flat))
+    return proposals.semantic
+
+
 def _placed(found: Detections, flat: int | None) -> Found:
     """What was found, as arrays and along three axes: of a 2D network along ``flat``, too, one voxel thick."""
     boxes = found.boxes.float().cpu().numpy()
@@ -268,7 +270,8 @@ def _placed(found: Detections, flat: int | None) -> Found:
 
 
 class OpenVinoEngine:
-    """Networks in OpenVINO, on the processor; neither torch nor monai is imported.
+    """Networks in OpenVINO, on the processor; neither torch nor monai is imported, but for a model that counts
+    things: what lies between its graphs is torch's.
 
     ``precision``, f32 or bf16, is bf16 where the processor has instructions for it and the package
     does not record that labels suffer. Raises InputError where the package has no ONNX files or
@@ -304,49 +307,64 @@ class OpenVinoEngine:
             # Threads bound to cores wait for whatever else runs on these.
             "ENABLE_CPU_PINNING": False,
         }
-        patch = [n for a, n in enumerate(package.configuration.patch.value) if a != self._flat]
-        shape = openvino.PartialShape([-1, package.channels, *patch])
+        parts = package.parts
+
+        def opened(path: Path, part: Part) -> Run:
+            model = core.read_model(path)
+            wanted = [FEATURES] if self.head else [port.name for port in part.gives]
+            results = [model.output(name).get_node() for name in wanted]
+            model = openvino.Model(results, model.get_parameters(), path.stem)
+            model.reshape(openvino.PartialShape([-1, *part.takes.shape[1:]]))
+            request = core.compile_model(model, "CPU", options).create_infer_request()
+            return lambda values: list(request.infer({0: values}, share_inputs=True, share_outputs=True).values())
+
         try:
-            self._requests = []
-            for path in package.graphs:
-                model = core.read_model(path)
-                result = model.output(FEATURES if self.head else LOGITS)
-                model = openvino.Model([result.get_node()], model.get_parameters(), path.stem)
-                model.reshape(shape)
-                self._requests.append(core.compile_model(model, "CPU", options).create_infer_request())
+            graphs = [opened(path, part) for path, part in zip(package.graphs, cycle(parts), strict=False)]
         except RuntimeError:
             raise InputError(
                 f"OpenVINO cannot open the networks of {package.name}",
                 "Use --engine torch-cpu, or get the package again",
             ) from None
+        self._networks: Sequence[Run | GraphDetector] = graphs
+        if not parts[0].whole:
+            self._networks = _detectors(package.configuration, graphs, len(parts), threads)
 
     def run(self, tiles: Float32) -> Float32:
         """See `Engine`."""
         total: Any = None
+        self.found = [[] for _ in tiles]
         for flip in self._flips:
             axes = tuple(2 + a for a in flip)
-            out = self._members(np.flip(tiles, axes) if flip else tiles)
+            out = self._members(np.flip(tiles, axes) if flip else tiles, None if flip else self.found)
             out = np.flip(out, axes) if flip else out
             total = out if total is None else np.add(total, out, out=total)
         if len(self._flips) > 1:
             total /= len(self._flips)
         return total
 
-    def _members(self, tiles: Float32) -> Float32:
-        """The members' mean, or, where the head is left to the end, their features side by side.
-        Always new memory: OpenVINO writes the next result over the last."""
+    def _members(self, tiles: Float32, found: list[list[Found]] | None) -> Float32:
+        """The members' mean, or, where the head is left to the end, their features side by side. What they find
+        as in `TorchEngine`. Always new memory: OpenVINO writes the next result over the last."""
         images = np.ascontiguousarray(tiles if self._flat is None else tiles.squeeze(2 + self._flat), np.float32)
-        outs = (request.infer({0: images}, share_inputs=True, share_outputs=True)[0] for request in self._requests)
+        outs = (self._forward(network, images, found) for network in self._networks)
         total: Float32
-        if self.head and len(self._requests) > 1:
+        if self.head and len(self._networks) > 1:
             total = np.concatenate(list(outs), axis=1)
         else:
             total = next(outs).copy()
             for out in outs:
                 total += out
-            if len(self._requests) > 1:
-                total /= len(self._requests)
+            if len(self._networks) > 1:
+                total /= len(self._networks)
         return total if self._flat is None else np.expand_dims(total, 2 + self._flat)
+
+    def _forward(self, network: Run | GraphDetector, images: Float32, found: list[list[Found]] | None) -> Float32:
+        if callable(network):
+            return network(images)[0]
+        import torch
+
+        out: Float32 = _looked(network, torch.from_numpy(images), found, self._flat).numpy()
+        return out
 
     def zeros(self, shape: tuple[int, ...]) -> Float32:
         """See `Engine`."""
@@ -359,6 +377,17 @@ class OpenVinoEngine:
     def numpy(self, values: Float32) -> Float32:
         """See `Engine`."""
         return values
+
+
+def _detectors(configuration: Configuration, graphs: list[Run], parts: int, threads: int | None) -> list[GraphDetector]:
+    """Of so many graphs each, a member."""
+    import torch
+
+    from medseg.infer.detector import GraphDetector
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return [GraphDetector(configuration, *graphs[n : n + parts]) for n in range(0, len(graphs), parts)]
 
 
 def pick_device(name: str) -> Any:
@@ -462,7 +491,7 @@ def _stored_head(package: ModelPackage) -> Head | None:
         graphs = [read(path.read_bytes()) for path in package.graphs]
     except (OSError, ValueError):
         raise InputError(f"the files of {package.name} are not what they were", "Get the package again") from None
-    if any(len(graph.outputs) == 1 for graph in graphs):
+    if any(graph.outputs[-1].name != FEATURES for graph in graphs):
         return None
     if not splits(package.classes, sum(int(graph.outputs[1].shape[1]) for graph in graphs)):
         return None

@@ -11,9 +11,9 @@ Boxes are (low corner, high corner) in voxels of the patch, where voxel i reache
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,14 +24,13 @@ from monai.networks.blocks.dynunet_block import UnetBasicBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medseg.models.parts import BOX_BINS, MASK_BINS, seen
 from medseg.models.roi import roi_align
 from medseg.models.unet import Block
 from medseg.plan.plan import Configuration
 
 # Anchors are so many strides of their level long; boxes go from there by a factor, so one a place is enough.
 _ANCHOR = 3
-# Bins along each axis of a box, for its class and for its mask.
-BOX_BINS, MASK_BINS = 6, 14
 # Of an image the best so many anchors become boxes; of these, as many as do not overlap more than so.
 _CANDIDATES, _PROPOSALS, _PROPOSALS_OVERLAP = 256, 64, 0.7
 # What is said of an image: at most so many things, which do not overlap more than so, and are at least so likely.
@@ -41,6 +40,8 @@ _THINGS, _THINGS_OVERLAP, _LEAST_SCORE = 64, 0.35, 0.05
 _MOSTLY_NOTHING = 3.0
 # Along each axis a box is so many voxels long at least.
 _SHORTEST = 1.0
+
+Dense: TypeAlias = tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class Proposals:
     first; ``fine`` features (B, C, *patch) and ``semantic`` logits (B, classes, *patch); of each anchor its
     ``objectness`` (B, A), a logit, and ``deltas`` (B, A, 2 D) to the box there. ``network`` has the heads."""
 
-    network: MaskRCNN
+    network: Detector
     levels: list[Tensor]
     fine: Tensor
     semantic: Tensor
@@ -73,71 +74,27 @@ class Proposals:
         return tuple(self.fine.shape[2:])
 
 
-class MaskRCNN(nn.Module):
-    """The network. `dense`, `box_head` and `mask_head` are all that has weights; what lies between them
-    chooses and cuts boxes.
+class Detector:
+    """What lies between the three parts that have weights, whoever computes these: it chooses and cuts boxes.
 
-    In training a call gives `Proposals`, of which and the truth `medseg.train.detection` makes the loss; else
-    semantic logits (B, classes, *patch). `detect` gives things.
+    ``dense`` makes of images (B, channels, *patch) the fields of `Proposals` but for the network; the heads see
+    features of boxes, as `BoxHead` and `MaskHead` do.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        classes: int,
-        features: Sequence[int],
-        kernels: Sequence[Sequence[int]],
-        strides: Sequence[Sequence[int]],
-    ) -> None:
-        super().__init__()
-        self.dimensions = len(kernels[0])
-        width = features[1]
-        self.stages = nn.ModuleList(
-            _block(ins, outs, kernel, stride)
-            for ins, outs, kernel, stride in zip([channels, *features], features, kernels, strides, strict=False)
-        )
-        self.laterals = nn.ModuleList(_convolution(self.dimensions, f, width, 1) for f in features[1:])
-        self.smooth = nn.ModuleList(_convolution(self.dimensions, width, width, kernel) for kernel in kernels[1:])
-        self.down_to_fine = _convolution(self.dimensions, width, features[0], 1)
-        self.fine = _block(features[0], features[0], kernels[0], [1] * self.dimensions)
-        self.semantic = _convolution(self.dimensions, features[0], classes, 1)
-        with torch.no_grad():
-            bias = self.semantic.get_parameter("bias")
-            bias[0] = _MOSTLY_NOTHING
-        self.region = _RegionHead(self.dimensions, width)
-        self.box_head = BoxHead(self.dimensions, width, classes)
-        self.mask_head = MaskHead(self.dimensions, features[0], classes)
-        self._strides = [list(stride) for stride in strides]
-        self.anchor_shapes = _anchor_shapes(strides)
-        self.region_coder = BoxCoder((1.0,) * 2 * self.dimensions)
-        self.box_coder = BoxCoder((10.0,) * self.dimensions + (5.0,) * self.dimensions)
+    dense: Callable[[Tensor], Dense]
+    box_head: Callable[[Tensor], tuple[Tensor, Tensor]]
+    mask_head: Callable[[Tensor], Tensor]
 
-    def forward(self, images: Tensor) -> Proposals | Tensor:
-        """See `MaskRCNN`; ``images`` are (B, channels, *patch)."""
-        found = self.propose(images)
-        return found if self.training else found.semantic
+    def lay_out(self, strides: Sequence[Sequence[int]]) -> None:
+        """Anchors and the coding of boxes for stages of these strides."""
+        dimensions = len(strides[0])
+        self.anchor_shapes = _anchor_shapes(strides)
+        self.region_coder = BoxCoder((1.0,) * 2 * dimensions)
+        self.box_coder = BoxCoder((10.0,) * dimensions + (5.0,) * dimensions)
 
     def propose(self, images: Tensor) -> Proposals:
         """All of a batch that does not depend on single boxes."""
-        levels, fine, semantic, objectness, deltas = self.dense(images)
-        return Proposals(self, levels, fine, semantic, objectness, deltas)
-
-    def dense(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-        """The fields of `Proposals` but for the network."""
-        maps = []
-        x = images
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        joined = [lateral(one) for lateral, one in zip(self.laterals, maps[1:], strict=True)]
-        for number in range(len(joined) - 1, 0, -1):
-            joined[number - 1] = joined[number - 1] + _enlarged(joined[number], self._strides[number + 1])
-        levels = [smooth(one) for smooth, one in zip(self.smooth, joined, strict=True)]
-        fine = self.fine(maps[0] + _enlarged(self.down_to_fine(joined[0]), self._strides[1]))
-        said = [self.region(one) for one in levels]
-        objectness = torch.cat([objects.flatten(1) for objects, _ in said], dim=1)
-        deltas = torch.cat([delta.flatten(2).transpose(1, 2) for _, delta in said], dim=1)
-        return levels, fine, self.semantic(fine), objectness, deltas
+        return Proposals(self, *self.dense(images))
 
     def anchors(self, found: Proposals) -> Tensor:
         """Anchors (A, 2 D) of a batch, level by level."""
@@ -215,6 +172,65 @@ class MaskRCNN(nn.Module):
                 Detections(box, score, number + 1, mask[torch.arange(len(box), device=mask.device), number])
                 for (box, score, number), mask in zip(chosen, parts, strict=True)
             ]
+
+
+class MaskRCNN(Detector, nn.Module):
+    """The network. `dense`, `box_head` and `mask_head` are all that has weights.
+
+    In training a call gives `Proposals`, of which and the truth `medseg.train.detection` makes the loss; else
+    semantic logits (B, classes, *patch). `detect` gives things.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        features: Sequence[int],
+        kernels: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        self.dimensions = len(kernels[0])
+        width = features[1]
+        self.stages = nn.ModuleList(
+            _block(ins, outs, kernel, stride)
+            for ins, outs, kernel, stride in zip([channels, *features], features, kernels, strides, strict=False)
+        )
+        self.laterals = nn.ModuleList(_convolution(self.dimensions, f, width, 1) for f in features[1:])
+        self.smooth = nn.ModuleList(_convolution(self.dimensions, width, width, kernel) for kernel in kernels[1:])
+        self.down_to_fine = _convolution(self.dimensions, width, features[0], 1)
+        self.fine = _block(features[0], features[0], kernels[0], [1] * self.dimensions)
+        self.semantic = _convolution(self.dimensions, features[0], classes, 1)
+        with torch.no_grad():
+            bias = self.semantic.get_parameter("bias")
+            bias[0] = _MOSTLY_NOTHING
+        self.region = _RegionHead(self.dimensions, width)
+        self.box_head = BoxHead(self.dimensions, width, classes)
+        self.mask_head = MaskHead(self.dimensions, features[0], classes)
+        self._strides = [list(stride) for stride in strides]
+        self.lay_out(strides)
+
+    def forward(self, images: Tensor) -> Proposals | Tensor:
+        """See `MaskRCNN`; ``images`` are (B, channels, *patch)."""
+        found = self.propose(images)
+        return found if self.training else found.semantic
+
+    def dense(self, images: Tensor) -> Dense:
+        """See `Detector`."""
+        maps = []
+        x = images
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        joined = [lateral(one) for lateral, one in zip(self.laterals, maps[1:], strict=True)]
+        for number in range(len(joined) - 1, 0, -1):
+            joined[number - 1] = joined[number - 1] + _enlarged(joined[number], self._strides[number + 1])
+        levels = [smooth(one) for smooth, one in zip(self.smooth, joined, strict=True)]
+        fine = self.fine(maps[0] + _enlarged(self.down_to_fine(joined[0]), self._strides[1]))
+        said = [self.region(one) for one in levels]
+        objectness = torch.cat([objects.flatten(1) for objects, _ in said], dim=1)
+        deltas = torch.cat([delta.flatten(2).transpose(1, 2) for _, delta in said], dim=1)
+        return levels, fine, self.semantic(fine), objectness, deltas
 
 
 def _likeliest(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,12 +311,18 @@ class MaskHead(nn.Module):
         self.logits = _convolution(dimensions, width, classes - 1, 1)
 
     def forward(self, rois: Tensor) -> Tensor:
-        lines = [torch.linspace(-1, 1, n, device=rois.device, dtype=rois.dtype) for n in rois.shape[2:]]
-        where = torch.stack(torch.meshgrid(lines, indexing="ij")).expand(len(rois), *[-1] * (rois.ndim - 1))
-        x = F.leaky_relu(self.first(torch.cat([rois, where], dim=1)), 0.01)
+        nought = 0 * rois[:, :1]  # of the batch's size without that number, which no graph holds
+        where = [nought + _along(axis, rois) for axis in range(2, rois.ndim)]
+        x = F.leaky_relu(self.first(torch.cat([rois, *where], dim=1)), 0.01)
         x = F.leaky_relu(self.second(x), 0.01)
         logits: Tensor = self.logits(x)
         return logits
+
+
+def _along(axis: int, x: Tensor) -> Tensor:
+    """From -1 to 1 along one axis, in a shape to be added to ``x``."""
+    line = torch.linspace(-1, 1, x.shape[axis], device=x.device, dtype=x.dtype)
+    return line.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
 
 
 def _begin_small(*layers: nn.Module) -> None:
@@ -341,11 +363,10 @@ def mask_rcnn(configuration: Configuration, channels: int, classes: int) -> nn.M
     """A Mask R-CNN whose backbone has the configuration's stages; see `medseg.models.build.build`. Its pyramid
     is as wide as the second of them."""
     network = configuration.network.value
-    axes = [a for a in range(3) if a != configuration.slice_axis]
     return MaskRCNN(
         channels,
         classes,
         network.features,
-        [[kernel[a] for a in axes] for kernel in network.kernels],
-        [[stride[a] for a in axes] for stride in network.strides],
+        [seen(configuration, kernel) for kernel in network.kernels],
+        [seen(configuration, stride) for stride in network.strides],
     )

@@ -29,8 +29,8 @@ class Writer:
         # What holds each value's numbers, and in what shape. A view becomes a node only where it is taken.
         self._places: dict[Value, tuple[str, Value]] = {}
 
-    def write(self, trace: Trace, tiles: str) -> str:
-        """Nodes for all steps; the name of what the network returns. Raises NotPortableError."""
+    def write(self, trace: Trace, tiles: str) -> list[str]:
+        """Nodes for all steps; the names of what the network returns. Raises NotPortableError."""
         self.hold(trace.tiles, tiles)
         for step in trace.steps:
             if step.op not in _OPERATORS:
@@ -40,7 +40,7 @@ class Writer:
             name = _OPERATORS[step.op](self, step)
             if name is not None:
                 self.hold(step.results[0], name)
-        return self.name(trace.output)
+        return [self.name(value) for value in trace.outputs]
 
     def node(self, op: str, inputs: Sequence[str], **attributes: Attribute) -> str:
         """A new node; the name of what it gives."""

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -22,9 +23,9 @@ from medseg.models.card import card
 from medseg.models.evaluation import Evaluation
 from medseg.models.experience import Experience
 from medseg.models.onnx_file import NotPortableError
+from medseg.models.parts import Part, parts
 from medseg.models.portable import check, export, layout
 from medseg.models.refinement import Refinement
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Finite, Plan, Share, Strict, read_plan, write_plan
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class StoredWeights(Mapping[str, "Tensor"]):
 @dataclass(frozen=True)
 class ModelPackage:
     """A trained model. ``members`` are the weights of one network per fold, by tensor name, in memory
-    or in files; ``graphs`` the members' ONNX files, none where ``not_portable`` says why;
+    or in files; ``graphs`` the members' ONNX files, all ``parts`` of one after those of the other, none where
+    ``not_portable`` says why;
     ``held_out`` names the cases that no member was trained on. ``experience`` says what scans it was
     trained on, ``calibration`` how far its probabilities can be believed, ``evaluation`` how good it is,
     where that is known; ``refinement`` is what is done to its labels once they are decided.
@@ -136,6 +138,11 @@ class ModelPackage:
     def channels(self) -> int:
         """The network's inputs."""
         return self.plan.inputs(self.configuration)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What each member's graphs are, where there are any."""
+        return parts(self.configuration, self.channels, self.classes)
 
     @property
     def name(self) -> str:
@@ -334,32 +341,30 @@ def _require_readable(path: Path) -> None:
 
 
 def _require_own_graphs(package: ModelPackage, members: tuple[StoredWeights, ...]) -> None:
-    if package.graphs and len(package.graphs) != len(members):
-        raise InputError(f"{package.name} has ONNX files for some of its members only", _ANOTHER)
-    for path, weights in zip(package.graphs, members, strict=False):
+    if not package.graphs:
+        return
+    expected = list(product(members, package.parts))
+    if len(package.graphs) != len(expected):
+        raise InputError(f"{package.name} has ONNX files for some of its members only, or too many", _ANOTHER)
+    for path, (weights, part) in zip(package.graphs, expected, strict=True):
         try:
-            check(path, layout(weights.path), package.configuration, package.channels, package.classes)
+            check(path, layout(weights.path), part)
         except ValueError as error:
             raise InputError(f"{path} is not this model's network: {error}", _ANOTHER) from None
 
 
 def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage) -> tuple[tuple[str, ...], str]:
-    """Write each member's ONNX file; their names, or none and why there can be none."""
+    """Write each member's ONNX files; their names, or none and why there can be none."""
     import torch
 
-    if FAMILIES[package.configuration.network.value.family].counts:
-        return (), "what finds things has no portable form yet"
     # Not on the meta device, where tables of indices would have no values. Whoever saves while training goes on
     # draws the same numbers after as before.
     with torch.random.fork_rng(devices=()):
         network = build(package.configuration, package.channels, package.classes)
-    sizes = package.channels, package.classes
     try:
         files = {
-            member.replace(".safetensors", ".onnx"): export(
-                network, package.configuration, *sizes, layout(folder / member)
-            )
-            for member in members
+            part.file(member): export(network, part, layout(folder / member))
+            for member, part in product(members, package.parts)
         }
     except NotPortableError as error:
         return (), str(error)

@@ -1,4 +1,4 @@
-"""A network in a form that others can run: an ONNX graph whose weights lie in the package's
+"""A network in a form that others can run: ONNX graphs (`medseg.models.parts`) whose weights lie in the package's
 safetensors file, once."""
 
 from __future__ import annotations
@@ -6,17 +6,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medseg.models.onnx_file import Graph, Node, NotPortableError, Port, Weight, read, write
-from medseg.plan.plan import Configuration
+from medseg.models.parts import BATCH, FEATURES, LOGITS, Part
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from medseg.models.operators import Writer
     from medseg.models.trace import Trace
 
-TILES, LOGITS, FEATURES = "tiles", "logits", "features"
 # fmt: off
 _OPERATORS = frozenset({
     "Add", "AveragePool", "BatchNormalization", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Equal", "Erf",
@@ -80,29 +80,31 @@ def layout(path: Path) -> Layout:
     return Layout(path, tensors, others)
 
 
-def export(network: nn.Module, configuration: Configuration, channels: int, classes: int, weights: Layout) -> bytes:
-    """The ONNX file of a network whose weights lie in a safetensors file beside it.
+def export(network: nn.Module, part: Part, weights: Layout) -> bytes:
+    """The ONNX file of a part of a network whose weights lie in a safetensors file beside it.
 
-    It takes "tiles" (batch, channels, ...) and gives "logits" (batch, classes, ...), and "features"
-    too where `splits` says so. Batches are of any size, and so are tiles if no operator needs a number for that;
-    else they are of the configuration's patch. The network need not hold values (torch's meta device). Raises
-    NotPortableError.
+    It takes and gives what the part says, and a whole network "features" (batch, features, ...) too where `splits`
+    says so. Batches are of any size, and so are the tiles of a whole network if no operator needs a number for
+    that. The network need not hold values (torch's meta device). Raises NotPortableError.
     """
     from medseg.models.trace import paired, trace
 
-    network, integers, patch = network.eval(), _integers(network, weights), _patch(configuration)
-    first = trace(network, integers, (2, channels, *patch))
-    try:  # what is not the same in two traces is free
-        larger = trace(network, integers, (3, channels, *(2 * n for n in patch)))
-        return write(_graph(paired(first, larger), channels, classes, weights))
-    except NotPortableError:
-        more = trace(network, integers, (3, channels, *patch))
-        return write(_graph(paired(first, more), channels, classes, weights))
+    network, integers = network.eval(), _integers(network, weights)
+    channels, *size = _numbers(part.takes)
+    first = trace(network, integers, (2, channels, *size), part.method)
+    if part.whole:
+        try:  # what is not the same in two traces is free
+            larger = trace(network, integers, (3, channels, *(2 * n for n in size)))
+            return write(_graph(paired(first, larger), part, weights))
+        except NotPortableError:
+            pass
+    more = trace(network, integers, (3, channels, *size), part.method)
+    return write(_graph(paired(first, more), part, weights))
 
 
-def check(path: Path, weights: Layout, configuration: Configuration, channels: int, classes: int) -> Graph:
-    """The graph in an ONNX file, after everything in it was looked at: known operators alone, and
-    every weight exactly where the safetensors file has it. Raises ValueError."""
+def check(path: Path, weights: Layout, part: Part) -> Graph:
+    """The graph in an ONNX file, after everything in it was looked at: known operators alone, every weight exactly
+    where the safetensors file has it, and what it takes and gives as the part says. Raises ValueError."""
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError("it is too large for a graph without weights")
     graph = read(path.read_bytes())
@@ -114,7 +116,7 @@ def check(path: Path, weights: Layout, configuration: Configuration, channels: i
             raise ValueError(f"its weights {weight.name} are not those of {weights.file}")
     _require_own_names(graph)
     _require_rows(graph)
-    _require_ports(graph, _patch(configuration), channels, classes)
+    _require_ports(graph, part)
     return graph
 
 
@@ -124,6 +126,8 @@ def _require_own_names(graph: Graph) -> None:
     names = [*(one.name for kind in kinds for one in kind), *(node.output for node in graph.nodes)]
     if len(set(names)) < len(names):
         raise ValueError("two things in it have the same name")
+    if not {port.name for port in graph.outputs} <= {node.output for node in graph.nodes}:
+        raise ValueError("it gives what it does not compute")
 
 
 def _require_rows(graph: Graph) -> None:
@@ -140,21 +144,30 @@ def _require_rows(graph: Graph) -> None:
                 raise ValueError("it gathers rows that are not there")
 
 
-def _require_ports(graph: Graph, patch: tuple[int, ...], channels: int, classes: int) -> None:
-    """It takes tiles and gives logits, and features if any, of free sizes or the patch's."""
-    expected = {TILES: channels, LOGITS: classes}
-    if len(graph.outputs) > 1:
+def _require_ports(graph: Graph, part: Part) -> None:
+    """It takes and gives what the part says, and a whole network features, if it likes."""
+    expected = [part.takes, *part.gives]
+    if part.whole and len(graph.outputs) > 1:
         shapes = {weight.name: weight.shape for weight in graph.weights}
-        expected[FEATURES] = next(iter(shapes.get(head_of(graph)[0], ())[1:]), 0)
-    ports = (*graph.inputs, *graph.outputs)
-    found = {port.name: port.shape[1] for port in ports if _fits(port, patch)}
-    if found != expected or [port.name for port in ports] != list(expected) or len(graph.inputs) != 1:
+        expected.append(_features(part, next(iter(shapes.get(head_of(graph)[0], ())[1:]), 0)))
+    found = [*graph.inputs, *graph.outputs]
+    alike = len(found) == len(expected) and all(map(_fits, found, expected, [part.whole] * len(found)))
+    if not alike or len(graph.inputs) != 1:
         raise ValueError("it takes or gives something else than the plan says")
 
 
-def _fits(port: Port, patch: tuple[int, ...]) -> bool:
-    batch, _, *size = port.shape if len(port.shape) == 2 + len(patch) else (0, 0)
-    return isinstance(batch, str) and (tuple(size) == patch or all(isinstance(n, str) for n in size))
+def _fits(port: Port, expected: Port, free: bool) -> bool:
+    """Batches are of any size; all that follows the channels may be ``free``, too."""
+    batch, *size = port.shape or (0,)
+    wanted = list(expected.shape[1:])
+    if free and all(isinstance(n, str) for n in size[1:]) and len(size) == len(wanted):
+        size[1:] = wanted[1:]
+    return port.name == expected.name and isinstance(batch, str) and size == wanted
+
+
+def _features(part: Part, count: int) -> Port:
+    """What a whole network gives beside its logits."""
+    return Port(FEATURES, (BATCH, count, *part.takes.shape[2:]))
 
 
 def head_of(graph: Graph) -> tuple[str, str]:
@@ -166,28 +179,30 @@ def head_of(graph: Graph) -> tuple[str, str]:
     return last.inputs[1].removesuffix(_FULL), last.inputs[2].removesuffix(_FULL)
 
 
-def _graph(traced: Trace, channels: int, classes: int, weights: Layout) -> Graph:
+def _graph(traced: Trace, part: Part, weights: Layout) -> Graph:
     from medseg.models.operators import Writer
 
     writer = Writer()
-    last = writer.write(traced, TILES)
-    size = traced.tiles.shape[2:]
-    if traced.output.shape != (-1, classes, *size):
-        raise NotPortableError("it gives something else than a logit of each class and voxel")
-    if not writer.nodes or writer.nodes[-1].output != last:
+    names = writer.write(traced, part.takes.name)
+    free = -1 in traced.tiles.shape[2:]
+    takes, *gives = (_freed(port) if free else port for port in (part.takes, *part.gives))
+    shapes = [tuple(-1 if isinstance(n, str) else n for n in port.shape) for port in gives]
+    if [value.shape for value in traced.outputs] != shapes:
+        raise NotPortableError(f"it gives something else than {', '.join(port.name for port in gives)} of its size")
+    if len({*names} & {node.output for node in writer.nodes}) < len(names) or writer.nodes[-1].output not in names:
         raise NotPortableError("it ends in something else than an operator")
-    final, stored = writer.nodes[-1], [_weight(name, shape, weights) for name, shape in writer.weights.items()]
-    rename = {last: LOGITS, **{one.name: one.name + _FULL for one in stored if one.half}}
-    outputs = [(LOGITS, classes)]
-    features = writer.weights[final.inputs[1]][1] if final.op == "Conv" and len(final.inputs) == 3 else classes
-    if splits(classes, features) and all(n == 1 for n in dict(final.attributes)["kernel_shape"]):  # type: ignore[union-attr]
-        rename[final.inputs[0]] = FEATURES
-        outputs.append((FEATURES, features))
-    space = [f"size{axis}" if n < 0 else n for axis, n in enumerate(size)]
+    stored = [_weight(name, shape, weights) for name, shape in writer.weights.items()]
+    rename = dict(zip(names, (port.name for port in gives), strict=True))
+    rename |= {one.name: one.name + _FULL for one in stored if one.half}
+    head = _head(writer, part)
+    if head:
+        inner, features = head
+        rename[inner] = FEATURES
+        gives.append(_freed(_features(part, features)) if free else _features(part, features))
     return Graph(
         name="network",
-        inputs=(Port(TILES, ("batch", channels, *space)),),
-        outputs=tuple(Port(name, ("batch", count, *space)) for name, count in outputs),
+        inputs=(takes,),
+        outputs=tuple(gives),
         nodes=(
             *(Node("Cast", (one.name,), one.name + _FULL, (("to", _FLOAT32),)) for one in stored if one.half),
             *(
@@ -198,6 +213,26 @@ def _graph(traced: Trace, channels: int, classes: int, weights: Layout) -> Graph
         weights=tuple(stored),
         constants=tuple(writer.constants.values()),
     )
+
+
+def _head(writer: Writer, part: Part) -> tuple[str, int] | None:
+    """What a whole network's last convolution takes, and how many features these are, where `splits` says so."""
+    final = writer.nodes[-1]
+    if not part.whole or final.op != "Conv" or len(final.inputs) != 3:
+        return None
+    features, (classes, *_) = writer.weights[final.inputs[1]][1], _numbers(part.gives[0])
+    size: Any = dict(final.attributes)["kernel_shape"]
+    return (final.inputs[0], features) if splits(classes, features) and set(size) == {1} else None
+
+
+def _freed(port: Port) -> Port:
+    """The same of any size, but for its channels."""
+    return Port(port.name, (*port.shape[:2], *(f"size{axis}" for axis in range(len(port.shape) - 2))))
+
+
+def _numbers(port: Port) -> list[int]:
+    """Its shape, but for the batch."""
+    return [n for n in port.shape if isinstance(n, int)]
 
 
 def _weight(name: str, shape: tuple[int, ...], weights: Layout) -> Weight:
@@ -216,8 +251,3 @@ def _integers(network: nn.Module, weights: Layout) -> dict[str, Tensor]:
     names = [name for name, tensor in network.named_buffers() if not tensor.is_floating_point()]
     with safe_open(weights.path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names if name in weights.others}
-
-
-def _patch(configuration: Configuration) -> tuple[int, ...]:
-    """The sizes of a tile along the axes that the network sees."""
-    return tuple(n for axis, n in enumerate(configuration.patch.value) if axis != configuration.slice_axis)

@@ -52,32 +52,33 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
-    """A network's steps, in order, from the tiles to what it returns."""
+    """A network's steps, in order, from what it takes to what it returns."""
 
     steps: tuple[Step, ...]
     tiles: Value
-    output: Value
+    outputs: tuple[Value, ...]
 
 
-def trace(network: nn.Module, integers: Mapping[str, Tensor], shape: tuple[int, ...]) -> Trace:
-    """The steps of a network for tiles (batch, channels, ...).
+def trace(network: nn.Module, integers: Mapping[str, Tensor], shape: tuple[int, ...], method: str = "") -> Trace:
+    """The steps of a network, or of one ``method`` of it, for tiles (batch, channels, ...).
 
-    ``integers`` holds its tensors that are no floating-point numbers, by name; the others need no values. Raises
-    NotPortableError where the steps depend on the values of tiles or weights, or the network fails.
+    What it returns may be tensors in lists and tuples; they are put in a row. ``integers`` holds its tensors that are
+    no floating-point numbers, by name; the others need no values. Raises NotPortableError where the steps depend on
+    the values of tiles or weights, or the network fails.
     """
     tiles = torch.empty(shape, device="meta")
     recorder = _Recorder(network, integers)
     start = recorder.add(tiles)
     try:
         with torch.no_grad(), recorder:
-            out = network(tiles)
+            out = tree_leaves((getattr(network, method) if method else network)(tiles))
     except NotPortableError:
         raise
     except Exception as error:  # whatever a network's code may raise on being run so
         raise NotPortableError(f"its steps cannot be told ({type(error).__name__})") from error
-    if not isinstance(out, Tensor):
-        raise NotPortableError("it gives something else than one tensor")
-    return Trace(tuple(recorder.steps), start, recorder.value(out))
+    if not all(isinstance(one, Tensor) for one in out):
+        raise NotPortableError("it gives something else than tensors")
+    return Trace(tuple(recorder.steps), start, tuple(recorder.value(one) for one in out))
 
 
 def paired(first: Trace, second: Trace) -> Trace:
@@ -87,17 +88,18 @@ def paired(first: Trace, second: Trace) -> Trace:
         raise NotPortableError("its steps are others for tiles of another size")
     values: dict[Value, Value] = {}
     _pair(first.tiles, second.tiles, values)
-    _pair(first.output, second.output, values)
+    for one, other in zip(first.outputs, second.outputs, strict=True):
+        _pair(one, other, values)
     steps = []
-    for one, other in zip(first.steps, second.steps, strict=True):
+    for step, again in zip(first.steps, second.steps, strict=True):
         varies = False
-        for a, b in zip(_leaves(one), _leaves(other), strict=True):
+        for a, b in zip(_leaves(step), _leaves(again), strict=True):
             if isinstance(a, Value):
                 _pair(a, b, values)
             else:
                 varies |= a != b
-        steps.append(Step(one.op, one.arguments, one.results, varies))
-    return Trace(tuple(steps), first.tiles, first.output)
+        steps.append(Step(step.op, step.arguments, step.results, varies))
+    return Trace(tuple(steps), first.tiles, first.outputs)
 
 
 def _leaves(step: Step) -> list[Any]:
@@ -107,7 +109,7 @@ def _leaves(step: Step) -> list[Any]:
 def _form(traced: Trace) -> list[Any]:
     """What two traces need to have in common to be compared at all."""
     values = [[len(v.shape) if isinstance(v, Value) else -1 for v in _leaves(step)] for step in traced.steps]
-    return [[step.op for step in traced.steps], values, len(traced.output.shape)]
+    return [[step.op for step in traced.steps], values, [len(one.shape) for one in traced.outputs]]
 
 
 def _pair(one: Value, other: Value, values: dict[Value, Value]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medseg.core.shape import connected
-from medseg.models.mask_rcnn import MASK_BINS, Proposals
+from medseg.models.mask_rcnn import Proposals
+from medseg.models.parts import MASK_BINS
 from medseg.models.roi import bin_centres
 
 # What the patch's border leaves of a thing is no thing where it has fewer voxels, by dimensions.

@@ -15,19 +15,13 @@ from medseg.core.labels import LabelSet
 from medseg.io.nifti import read_labels, read_volume
 from medseg.models.build import build
 from medseg.models.package import ModelPackage, save_package
-from medseg.plan.plan import Decision
 
 
 @pytest.fixture
 def model(small_plan: Any, tmp_path: Path) -> Path:
     """One that has learnt nothing, and finds something anywhere: all boxes are likely."""
     torch.set_num_threads(1)
-    plan = small_plan(labels={1: "nodule", 4: "vessel"})
-    one = plan.configurations["3d"]
-    network = one.network.value.model_copy(update={"family": "mask-rcnn"})
-    plan = plan.model_copy(
-        update={"configurations": {"3d": one.model_copy(update={"network": Decision(value=network)})}}
-    )
+    plan = small_plan(labels={1: "nodule", 4: "vessel"}, family="mask-rcnn")
     torch.manual_seed(0)
     fresh: Any = build(plan.configuration("3d"), 1, 3)
     with torch.no_grad():
@@ -38,11 +32,13 @@ def model(small_plan: Any, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_things_are_written_and_told(made: Any, medseg: Any, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["openvino", "torch-cpu"])
+def test_things_are_written_and_told(made: Any, medseg: Any, model: Path, tmp_path: Path, engine: str) -> None:
     scans = tmp_path / "scans"
     scans.mkdir()
     shutil.copy(made.task / "imagesTs" / "blob_006.nii.gz", scans / "a.nii.gz")
-    outcome = medseg("predict", scans, "-m", model, "--threads", 1)
+    how = ("-m", model, "--threads", 1, "--engine", engine)
+    outcome = medseg("predict", scans, *how)
     assert outcome.status == 0, outcome
     files = ["a.nii.gz", "a_instances.nii.gz", "a_seg.json", "a_seg.nii.gz"]
     assert sorted(p.name for p in scans.iterdir()) == files
@@ -63,10 +59,10 @@ def test_things_are_written_and_told(made: Any, medseg: Any, model: Path, tmp_pa
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("nodule")]
     assert line.split()[-1] == str(sum(row["label"] == "nodule" for row in rows))
     # Once more, and the map is no scan.
-    assert medseg("predict", scans, "-m", model, "--threads", 1).status == 0
+    assert medseg("predict", scans, *how).status == 0
     assert sorted(p.name for p in scans.iterdir()) == files
     # What is not wanted is not counted either.
-    only = medseg("predict", scans / "a.nii.gz", "-m", model, "--only", "vessel", "--json", "--threads", 1)
+    only = medseg("predict", scans / "a.nii.gz", *how, "--only", "vessel", "--json")
     (told,) = json.loads(only.out)["predictions"]
     assert {row["label"] for row in told["instances"]} <= {"vessel"}
 
@@ -76,8 +72,3 @@ def test_a_strangers_map_is_left_alone(made: Any, medseg: Any, model: Path, tmp_
     shutil.copy(made.task / "imagesTs" / "blob_006.nii.gz", scan)
     shutil.copy(scan, tmp_path / "a_instances.nii.gz")
     medseg("predict", scan, "-m", model, "--threads", 1).refused("a_instances.nii.gz is there already")
-
-
-def test_openvino_is_refused(made: Any, medseg: Any, model: Path) -> None:
-    scan = made.task / "imagesTs" / "blob_006.nii.gz"
-    medseg("predict", scan, "-m", model, "--engine", "openvino").refused("finds things", "--engine torch-cpu")

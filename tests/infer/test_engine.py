@@ -35,6 +35,8 @@ HOWS = {
     "2d axial": {"dimensions": 2, "slice_axis": 2, "patch": (24, 16, 1)},
     "2d sagittal": {"dimensions": 2, "slice_axis": 0, "patch": (1, 16, 24)},
     "3d, many classes": {"labels": MANY},
+    "3d, things": {"patch": (16, 24, 8), "family": "mask-rcnn"},
+    "2d, things": {"dimensions": 2, "slice_axis": 1, "patch": (16, 1, 24), "family": "mask-rcnn"},
     "2d, many classes": {"dimensions": 2, "slice_axis": 1, "patch": (16, 1, 16), "labels": MANY},
 }
 EACH = pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
@@ -139,6 +141,24 @@ def test_a_head_may_follow_any_weighted_mean() -> None:
 def test_the_processors_own_precision_is_chosen() -> None:
     native = bool({"avx512_bf16", "amx_bf16"} & processor_flags())
     assert engines.torch_precision(CPU) == ("bf16" if native else "f32")
+
+
+@pytest.mark.parametrize("how", [h for h in HOWS.values() if "family" in h], ids=["3d", "2d"])
+def test_each_member_tells_what_it_finds_in_each_tile(tmp_path: Path, small_plan: Any, how: Any) -> None:
+    package = saved(tmp_path / "model", small_plan(**how), members=2)
+    tiles = tiles_for(package)
+    for name in ("openvino", "torch-cpu"):
+        engine = open_engine(package, name, threads=1, mirror=(0,), precision="f32")
+        engine.run(tiles)
+        assert [len(members) for members in engine.found] == [2, 2, 2]
+        first = engine.found[0][1]
+        assert len(first.scores)
+        engine.run(tiles[:1])  # and what was told before stays
+        ((_, again),) = engine.found
+        for before, after in zip(vars(first).values(), vars(again).values(), strict=True):
+            np.testing.assert_allclose(before, after, atol=1e-3)
+        flat = package.configuration.slice_axis
+        assert flat is None or (first.boxes[:, 0, flat] == 0).all()
 
 
 # ---- which engine -------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from medseg.infer.instances import Gathered, kept, merged
 from medseg.infer.predict import segment
 from medseg.infer.window import Tile
 from medseg.models.mask_rcnn import Detections, Proposals
-from medseg.plan.plan import Decision
 from medseg.train.detection import things_in
 
 CPU = torch.device("cpu")
@@ -236,23 +235,14 @@ class Seer(nn.Module):
         return Detections(things.boxes, torch.full((len(masks),), 0.9), things.classes, stacked)
 
 
-def counting(plan: Any) -> Any:
-    """The plan with Mask R-CNN for its network."""
-    ((name, one),) = plan.configurations.items()
-    network = one.network.value.model_copy(update={"family": "mask-rcnn"})
-    changed = one.model_copy(update={"network": Decision(value=network)})
-    return plan.model_copy(update={"configurations": {name: changed}})
-
-
 @pytest.mark.parametrize("flat", [None, 2])
 def test_things_are_counted_through_tiles_and_grids(small_plan: Any, flat: int | None) -> None:
     """Balls of either class, and a rod that no tile holds whole."""
-    plan = counting(
-        small_plan(
-            labels={3: "nodule", 8: "vessel"},
-            spacing=(1.2, 1.2, 1.4),
-            **({} if flat is None else {"dimensions": 2, "slice_axis": 2, "patch": (16, 16, 1)}),
-        )
+    plan = small_plan(
+        labels={3: "nodule", 8: "vessel"},
+        spacing=(1.2, 1.2, 1.4),
+        family="mask-rcnn",
+        **({} if flat is None else {"dimensions": 2, "slice_axis": 2, "patch": (16, 16, 1)}),
     )
     grid = Grid.from_spacing((44, 40, 30), (1.0, 1.1, 1.3), (5.0, -9.0, 2.0), np.diag([-1.0, 1.0, 1.0]))
     index = np.stack(np.indices(grid.shape), axis=-1)

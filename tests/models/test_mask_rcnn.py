@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from monai.data.box_utils import box_iou, non_max_suppression
 from scipy.ndimage import map_coordinates
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from medseg.infer.engine import open_engine, openvino_core
 from medseg.models.build import build
 from medseg.models.mask_rcnn import MaskRCNN, Proposals, apart, within
+from medseg.models.package import ModelPackage, load_package, save_package
 from medseg.models.roi import bin_centres, roi_align
 from medseg.plan.plan import Configuration, Decision, Network
 from medseg.train.detection import things_in
@@ -223,6 +229,37 @@ def test_boxes_are_cut_off_at_the_patch() -> None:
     assert within(boxes, (10, 10)).tolist() == [[0, 2, 4, 9], [9, 9, 10, 10], [3, 3, 4, 4]]
 
 
+# ---- as graphs ----------------------------------------------------------------------------------
+
+
+@EACH
+def test_others_compute_each_part_as_torch_does(configuration: Configuration, small_plan: Any, tmp_path: Path) -> None:
+    network = made(configuration, channels=2).eval()
+    package = saved(network, configuration, small_plan(channels=("MR", "PET")), tmp_path)
+    assert [path.name for path in package.graphs] == [f"member0.{n}.onnx" for n in ("dense", "box_head", "mask_head")]
+    for path, part in zip(package.graphs, package.parts, strict=True):
+        onnx.checker.check_model(str(path), full_check=True)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        compiled = openvino_core().compile_model(
+            path, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        )
+        for batch in (0, 1, 3) if part.method != "dense" else (1, 3):
+            values = np.random.default_rng(batch).normal(size=(batch, *part.takes.shape[1:])).astype(np.float32)
+            with torch.no_grad():
+                expected = tree_leaves(getattr(network, part.method)(torch.from_numpy(values)))
+            names = [port.name for port in part.gives]
+            for found in ([compiled({0: values})[n] for n in names], session.run(names, {part.takes.name: values})):
+                for one, other in zip(found, expected, strict=True):
+                    np.testing.assert_allclose(one, other.numpy(), atol=1e-4)
+
+
+def saved(network: Any, configuration: Configuration, plan: Any, folder: Path) -> ModelPackage:
+    """The network as a package that was read."""
+    plan = plan.model_copy(update={"configurations": {"3d": configuration}})
+    save_package(folder / "model", ModelPackage(plan, "3d", (network.state_dict(),), ("a",), ("b",), {}))
+    return load_package(folder / "model")
+
+
 # ---- it learns ----------------------------------------------------------------------------------
 
 
@@ -289,9 +326,11 @@ def balls(space: int, size: int) -> tuple[Tensor, Tensor]:
     return torch.stack([images, images.flip(0)]).unsqueeze(1), torch.stack([truth, truth.flip(0)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("space", [2, 3])
-def test_what_it_has_seen_it_finds(space: int) -> None:
+@pytest.fixture(scope="module", params=[2, 3])
+def learnt(request: pytest.FixtureRequest) -> tuple[MaskRCNN, Configuration]:
+    """A network that knows its `balls` by heart."""
+    torch.set_num_threads(1)
+    space = request.param
     flat, along = (None, (3, 3, 3)) if space == 3 else (2, (3, 3, 1))
     stride, size = (2, 2, 2) if space == 3 else (2, 2, 1), 32
     patch = (size, size, size if space == 3 else 1)
@@ -306,7 +345,13 @@ def test_what_it_has_seen_it_finds(space: int) -> None:
         for group in optimiser.param_groups:
             group["lr"] = 5e-3 * min(1, (step + 1) / 10) * (1 - step / count)
         train_step(network, optimiser, images, target, loss)
-    network.eval()
+    return network.eval(), configuration
+
+
+@pytest.mark.slow
+def test_what_it_has_seen_it_finds(learnt: tuple[MaskRCNN, Configuration]) -> None:
+    network, configuration = learnt
+    images, target = balls(configuration.dimensions, 32)
     with torch.no_grad():
         found = network.propose(images)
     labels = found.semantic.argmax(dim=1)
@@ -321,3 +366,26 @@ def test_what_it_has_seen_it_finds(space: int) -> None:
         assert sorted(which.tolist()) == list(range(len(things.boxes)))
         assert (best > 0.5).all()
         assert torch.equal(seen.classes[sure], things.classes[which])
+
+
+@pytest.mark.slow
+def test_engines_find_the_same(learnt: tuple[MaskRCNN, Configuration], small_plan: Any, tmp_path: Path) -> None:
+    """Where what it finds stands out: of boxes that are nearly as likely, rounding chooses."""
+    network, configuration = learnt
+    images, _ = balls(configuration.dimensions, 32)
+    tiles = images.reshape(2, 1, *configuration.patch.value).numpy()
+    package = saved(network, configuration, small_plan(), tmp_path)
+    engines = [open_engine(package, name, 1, precision="f32") for name in ("torch-cpu", "openvino")]
+    logits = [engine.numpy(engine.run(tiles)) for engine in engines]
+    np.testing.assert_allclose(*logits, atol=1e-3)
+    for (ours,), (theirs,) in zip(*(engine.found for engine in engines), strict=True):
+        sure = ours.scores > 0.5
+        assert sure.sum() == (theirs.scores > 0.5).sum() == 4
+        # The likeliest come first, but which of two that are as sure as each other does not matter.
+        apart = np.abs(ours.boxes[sure, None] - theirs.boxes[sure]).max(axis=(2, 3))
+        which = apart.argmin(axis=1)
+        assert sorted(which) == [0, 1, 2, 3]
+        assert apart.min(axis=1).max() < 0.01
+        assert (ours.classes[sure] == theirs.classes[which]).all()
+        np.testing.assert_allclose(ours.scores[sure], theirs.scores[which], atol=1e-3)
+        np.testing.assert_allclose(ours.masks[sure], theirs.masks[which], atol=1e-2)

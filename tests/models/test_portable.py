@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from medseg.infer.engine import openvino_core
 from medseg.models.build import build, split_head
 from medseg.models.onnx_file import Constant, Graph, Node, NotPortableError, Port, read, write
 from medseg.models.package import INDEX, ModelPackage, load_package, save_package
+from medseg.models.parts import Part, parts
 from medseg.models.portable import check, export, layout, splits
 from medseg.plan.plan import Configuration
 
@@ -63,12 +65,18 @@ def configured(plan: Any) -> Configuration:
     return configuration
 
 
+def only(configuration: Configuration, classes: int = 3) -> Part:
+    """The one graph of a network of one channel."""
+    (part,) = parts(configuration, 1, classes)
+    return part
+
+
 def exported(folder: Path, network: nn.Module, configuration: Configuration, classes: int = 3) -> Path:
     """The ONNX file of a network of one channel, beside its weights. What is exported is `network` itself."""
     named = dict((*network.named_parameters(), *network.named_buffers()))
     save_file({name: named[name].contiguous() for name in named}, folder / "member0.safetensors")
     path = folder / "member0.onnx"
-    path.write_bytes(export(network, configuration, 1, classes, layout(folder / "member0.safetensors")))
+    path.write_bytes(export(network, only(configuration, classes), layout(folder / "member0.safetensors")))
     return path
 
 
@@ -133,7 +141,7 @@ class Odd(nn.Module):
         (nn.BatchNorm3d(3, track_running_stats=False), "native_batch_norm over a whole batch"),
         (nn.GELU("tanh"), "gelu by its approximation"),
         (nn.AdaptiveAvgPool3d(5), "_adaptive_avg_pool3d whose windows are not all alike"),
-        (torch.flatten, "a logit of each class and voxel"),
+        (torch.flatten, "something else than logits of its size"),
         (lambda x: torch.cumsum(x, 2), "no operator for cumsum"),
         (lambda x: x * torch.rand(3, 1, 1, 1), "no operator for rand"),
         (lambda x: x + torch.ones(len(x), 1, 1, 1, 1), "constants are others"),
@@ -141,7 +149,8 @@ class Odd(nn.Module):
         (lambda x: x if x.sum() > 0 else -x, "steps cannot be told"),
         (lambda x: torch.cat([x] * len(x), 2), "steps are others"),
         (lambda x: x * (x == 0), "computes with truths"),
-        (lambda x: (x, x), "something else than one tensor"),
+        (lambda x: (x, x), "something else than logits"),
+        (lambda x: (x, 1), "something else than tensors"),
         (lambda x: x + 0 * x[0:1].relu_() + x, "another view"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -162,10 +171,10 @@ def test_weights_that_the_file_lacks_or_has_otherwise_are_said(tmp_path: Path, s
     ):
         save_file({**weights, **changed}, path)
         if why is None:
-            export(network, plan, 1, 3, layout(path))
+            export(network, only(plan), layout(path))
         else:
             with pytest.raises(NotPortableError, match=why):
-                export(network, plan, 1, 3, layout(path))
+                export(network, only(plan), layout(path))
 
 
 def test_a_package_whose_network_is_not_portable_says_why(tmp_path: Path, small_plan: Any) -> None:
@@ -294,7 +303,7 @@ def test_openvino_computes_what_torch_does(tmp_path: Path, small_plan: Any, kind
             buffer.add_(0.2 * torch.rand(buffer.shape))
     path = exported(tmp_path, network, configuration)
     onnx.checker.check_model(str(path), full_check=True)
-    graph = check(path, layout(tmp_path / "member0.safetensors"), configuration, 1, 3)
+    graph = check(path, layout(tmp_path / "member0.safetensors"), only(configuration))
     assert graph.inputs[0].shape[2:] == (tuple(f"size{n}" for n in range(spatial)) if free else patch[:spatial])
     assert differs(path, network, patch[:spatial]) < tolerance
 
@@ -360,8 +369,8 @@ def test_half_weights_and_numbers_that_are_no_weights_lie_in_the_file(tmp_path: 
     with torch.device("meta"):
         empty = Classic(*_layers(3, "MaxPool"))
     path = tmp_path / "member0.onnx"
-    path.write_bytes(export(empty, configured(small_plan()), 1, 3, where))
-    assert {w.half for w in check(path, where, configured(small_plan()), 1, 3).weights} == {True}
+    path.write_bytes(export(empty, only(configured(small_plan())), where))
+    assert {w.half for w in check(path, where, only(configured(small_plan()))).weights} == {True}
     assert any("num_batches" in name for name in where.others)
     assert differs(path, network, (16, 16, 16)) < 1e-4
 
@@ -384,9 +393,9 @@ def resign(folder: Path, name: str, data: bytes) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def refused(folder: Path, data: bytes) -> None:
-    resign(folder, "member0.onnx", data)
-    with pytest.raises(InputError, match=r"member0\.onnx is not this model's network"):
+def refused(folder: Path, data: bytes, name: str = "member0.onnx") -> None:
+    resign(folder, name, data)
+    with pytest.raises(InputError, match=f"{re.escape(name)} is not this model's network"):
         load_package(folder)
 
 
@@ -504,7 +513,7 @@ def test_a_graph_cut_short_anywhere_is_refused(folder: Path, small_plan: Any) ->
     for size in (*range(0, len(data), 97), len(data) - 1):
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"."):
-            check(path, weights, configured(plan), 1, 3)
+            check(path, weights, only(configured(plan)))
 
 
 def test_bytes_changed_at_random_never_do_more_than_refuse(folder: Path, small_plan: Any) -> None:
@@ -516,7 +525,7 @@ def test_bytes_changed_at_random_never_do_more_than_refuse(folder: Path, small_p
         spoilt[rng.integers(len(data))] = rng.integers(256)
         path.write_bytes(bytes(spoilt))
         try:
-            graph = check(path, weights, configured(plan), 1, 3)
+            graph = check(path, weights, only(configured(plan)))
         except ValueError:
             continue
         assert {weight.location for weight in graph.weights} == {"member0.safetensors"}
@@ -524,3 +533,112 @@ def test_bytes_changed_at_random_never_do_more_than_refuse(folder: Path, small_p
 
 def test_a_graph_of_great_size_is_not_read(folder: Path) -> None:
     refused(folder, b"\0" * (2**24 + 1))
+
+
+def test_what_is_given_was_computed(folder: Path) -> None:
+    graph = read((folder / "member0.onnx").read_bytes())
+    last = replace(graph.nodes[-1], output="elsewhere")
+    refused(folder, write(replace(graph, nodes=(*graph.nodes[:-1], last))))
+
+
+# ---- three graphs -------------------------------------------------------------------------------
+
+PARTS = ["dense", "box_head", "mask_head"]
+
+
+@pytest.fixture
+def three(tmp_path: Path, small_plan: Any) -> Path:
+    packaged(tmp_path / "model", small_plan(family="mask-rcnn"))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [PARTS[:2], PARTS[:1], [*PARTS, "dense"], [*PARTS, *PARTS], PARTS[::-1], ["dense", "mask_head", "box_head"],
+     ["dense", "box_head", "box_head"], ["dense", "dense", "dense"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_graphs_that_are_missing_or_swapped_are_refused(three: Path, names: list[str]) -> None:
+    index = json.loads((three / INDEX).read_text())
+    assert index["graphs"] == [f"member0.{name}.onnx" for name in PARTS]
+    index["graphs"] = [f"member0.{name}.onnx" for name in names]
+    (three / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"some of its members only, or too many|is not this model's network"):
+        load_package(three)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_graph_that_is_gone_is_refused(three: Path, name: str) -> None:
+    (three / f"member0.{name}.onnx").unlink()
+    with pytest.raises(InputError, match="is missing or was changed"):
+        load_package(three)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_graphs_of_another_member_are_refused(tmp_path: Path, small_plan: Any, name: str) -> None:
+    packaged(tmp_path / "model", small_plan(family="mask-rcnn"), members=2)
+    other = (tmp_path / "model" / f"member1.{name}.onnx").read_bytes()
+    refused(tmp_path / "model", other, f"member0.{name}.onnx")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_hold_known_operators_and_their_own_ports_alone(three: Path, name: str) -> None:
+    file = f"member0.{name}.onnx"
+    graph = read((three / file).read_bytes())
+    (takes,), gives = graph.inputs, graph.outputs
+
+    def changed(port: Port, at: int, size: int | str) -> Port:
+        return Port(port.name, (*port.shape[:at], size, *port.shape[at + 1 :]))
+
+    loop = Node("Loop", graph.nodes[0].inputs, "loop")
+    for spoilt in (
+        replace(graph, nodes=(*graph.nodes, loop)),
+        replace(graph, inputs=()),
+        replace(graph, inputs=(takes, Port("more", takes.shape))),
+        replace(graph, inputs=(), outputs=(takes, *gives)),
+        replace(graph, inputs=(changed(takes, 0, 1),)),
+        replace(graph, inputs=(changed(takes, 1, 99),)),
+        replace(graph, inputs=(changed(takes, 2, 99),)),
+        replace(graph, inputs=(changed(takes, 2, "size0"),)),
+        replace(graph, outputs=()),
+        replace(graph, outputs=gives[:-1]),
+        replace(graph, outputs=(*gives, gives[-1])),
+        replace(graph, outputs=(*gives, Port(graph.nodes[0].output, ("batch", 4)))),
+        replace(graph, outputs=(*gives[:-1], Port("other", gives[-1].shape))),
+        replace(graph, outputs=(*gives[:-1], changed(gives[-1], 0, 2))),
+        replace(graph, outputs=(*gives[:-1], changed(gives[-1], 1, 99))),
+        replace(graph, outputs=(*gives[:-1], Port(gives[-1].name, (*gives[-1].shape, 1)))),
+        replace(graph, nodes=tuple(node for node in graph.nodes if node.output != gives[0].name)),
+    ):
+        refused(three, write(spoilt), file)
+    if len(gives) > 1:
+        refused(three, write(replace(graph, outputs=gives[::-1])), file)
+    weight = graph.weights[0]
+    refused(three, write(replace(graph, weights=(replace(weight, offset=0), *graph.weights[1:]))), file)
+    resign(three, file, write(graph))
+    assert load_package(three).graphs
+
+
+def test_a_whole_network_is_no_part(three: Path, tmp_path: Path, small_plan: Any) -> None:
+    packaged(tmp_path / "whole", small_plan())
+    refused(three, (tmp_path / "whole" / "member0.onnx").read_bytes(), "member0.dense.onnx")
+
+
+def test_weights_of_all_parts_are_on_the_disk_once(three: Path) -> None:
+    graphs = [read(path.read_bytes()) for path in load_package(three).graphs]
+    names = [weight.name for graph in graphs for weight in graph.weights]
+    assert sorted(names) == sorted(layout(three / "member0.safetensors").tensors)
+    assert all((three / f"member0.{name}.onnx").stat().st_size < 16_000 for name in PARTS)
+
+
+def test_of_another_network_nothing_of_the_parts_stays(three: Path, small_plan: Any) -> None:
+    packaged(three, small_plan())
+    assert sorted(path.name for path in three.glob("member*")) == ["member0.onnx", "member0.safetensors"]
+
+
+def test_parts_without_a_portable_form_are_read(three: Path) -> None:
+    """As packages were before there was one."""
+    index = json.loads((three / INDEX).read_text())
+    old = {k: v for k, v in index["checksums"].items() if not k.endswith(".onnx")}
+    (three / INDEX).write_text(json.dumps({**index, "graphs": [], "not_portable": "not yet", "checksums": old}))
+    assert load_package(three).graphs == ()
