@@ -11,7 +11,6 @@ from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
 from medseg.core.shape import Parts, connected
 from medseg.core.volume import LabelMap, Volume
-from medseg.infer.crf import sharpened
 from medseg.models.refinement import Refinement, Rule
 from medseg.plan.plan import Normalisation
 
@@ -86,7 +85,11 @@ def post_processed(
     if refinement is None:
         return label_map, {}
     label_map, shares = refined(label_map, refinement.rules)
-    return (sharpened(label_map, volume, refinement.crf, intensities) if refinement.crf else label_map), shares
+    if refinement.crf is None:
+        return label_map, shares
+    from medseg.infer.crf import sharpened  # scipy takes a while to load, and most models need it not
+
+    return sharpened(label_map, volume, refinement.crf, intensities), shares
 
 
 def _without(label_map: LabelMap, parts: Parts, goes: NDArray[np.bool_]) -> LabelMap:
