@@ -1,7 +1,7 @@
 """Every family at equal minutes on this machine: one fold of each task, from the plan to the scores.
 
     medseg phantom PHANTOMS -t abdomen
-    python benchmarks/families/compare.py WORK PHANTOMS/TaskPH1_abdomen data/Task04_Hippocampus --minutes 5
+    python benchmarks/families/compare.py WORK PHANTOMS/Phantom_Abdomen data/Task04_Hippocampus --minutes 5
 
 For each task and family `medseg plan --family NAME --budget 3d=5m`, `preprocess`, `train` (fold 0), `predict
 --held-out` and `evaluate`, in a folder of its own in WORK. What is done is not done again, so that it can be stopped

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from medseg.models.package import ModelPackage
     from medseg.plan.plan import Normalisation
 
-_COUNTED = "instances"
 _SHORT_OF_MEMORY = re.compile("out of memory|not enough memory|t allocate memory")
 
 
@@ -345,16 +344,15 @@ def _reading(predictor: Predictor, wishes: Wishes, choice: _Choice | None, *, ba
     """What reads a job's scan. Where the model was chosen here, those scans that were read for it are not
     read again, and the others must be for it."""
     from medseg.infer.choice import require_fit
-    from medseg.io.sidecar import require_own
-    from medseg.plan.families import FAMILIES
+    from medseg.io.sidecar import instances_of, require_own
 
     def read(job: Job) -> Read:
         seen = choice.seen.pop(job, None) if choice else None
         if isinstance(seen, MedsegError):
             raise seen
         scan = seen or _read(job, predictor.package.plan.normalisation.value, wishes, bar=bar)
-        if FAMILIES[predictor.package.configuration.network.value.family].counts:
-            require_own(job.output, _beside(job, _COUNTED))
+        if predictor.package.configuration.network.value.counts:
+            require_own(job.output, instances_of(job.output))
         if choice and not seen:
             require_fit(scan.volume, predictor.package, choice.name)
         return scan
@@ -466,8 +464,9 @@ def _counted(job: Job, found: InstanceMap, labels: LabelSet) -> dict[str, Any]:
     """The map of what was counted, beside the labels; its name, and each thing in a row."""
     from medseg.core.volume import LabelMap
     from medseg.io.nifti import write_labels
+    from medseg.io.sidecar import instances_of
 
-    file = _beside(job, _COUNTED)
+    file = instances_of(job.output)
     write_labels(file, LabelMap(found.values, found.grid, labels))
     rows = [
         {

@@ -70,11 +70,11 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
     def labelled(store: CaseStore, case: Case) -> None:
         volume, labels = load_case(task, case)
         image = prepared(volume, case)
-        if plan.counts(configuration) and case.instances is not None:
+        if chosen.network.value.counts and case.instances is not None:
             labels = _numbered(labels, load_instances(task, case), plan, case)
         regridded = resample(labels, onto=image.grid).values
         places, plain = {}, regridded
-        if plan.counts(configuration):
+        if chosen.network.value.counts:
             plain, _ = parted(regridded, plan.thing_step)
         for number in plan.label_set.numbers:
             where = np.flatnonzero(plain == number)

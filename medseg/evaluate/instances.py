@@ -24,10 +24,8 @@ among those over which false positives are counted.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -38,7 +36,7 @@ from medseg.core.errors import InputError
 from medseg.core.instances import Instance, InstanceMap, described
 from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap
-from medseg.evaluate.score import INVENTED, MISSED, OK, require_grid
+from medseg.evaluate.score import INVENTED, MISSED, OK, require_grid, written
 
 FORMAT_VERSION = 1
 # Counted things are small: half of a nodule of few voxels is easily missed.
@@ -225,11 +223,7 @@ def rows(matches: Iterable[Matches], *, iou: float = IOUS[0]) -> list[InstanceRo
 
 def to_csv(things: Iterable[InstanceRow]) -> str:
     """The rows as comma-separated text under a line of column names; None is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(InstanceRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in things)
-    return text.getvalue()
+    return written(InstanceRow, things)
 
 
 def to_json(summaries: Sequence[InstanceSummary], *, provenance: Mapping[str, Any] | None = None) -> dict[str, Any]:

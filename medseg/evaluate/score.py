@@ -205,8 +205,13 @@ def summarise(rows: Iterable[CaseMetrics]) -> list[LabelSummary]:
 
 def to_csv(rows: Iterable[CaseMetrics]) -> str:
     """The rows as comma-separated text under a line of column names; None is an empty cell."""
+    return written(CaseMetrics, rows)
+
+
+def written(kind: type[Any], rows: Iterable[Any]) -> str:
+    """Rows of one ``kind``, a dataclass, as `to_csv` has them."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(CaseMetrics)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()

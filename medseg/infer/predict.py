@@ -28,7 +28,6 @@ from medseg.models.calibration import Calibration
 from medseg.models.experience import Mismatch, compare, refuse_gross
 from medseg.models.package import ModelPackage
 from medseg.plan.cost import OVERLAP
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Plan
 from medseg.preprocess.regrid import home_thick, masked, network_grid, occupied, preprocess
 
@@ -113,7 +112,7 @@ class Predictor:
         self.overlap = (QUICK_OVERLAP if quick else OVERLAP) if overlap is None else overlap
         self.scans_held = scans_held
         # Things are found in what is not mirrored; their labels gain little by it.
-        counts = package.plan.counts(package.configuration_name)
+        counts = package.configuration.network.value.counts
         mirror = () if quick or counts else package.plan.training.augmentation.value.mirror
         self.engine = open_engine(package, engine, self.threads, mirror)
         before = package.previous
@@ -255,7 +254,7 @@ def segment(
     tiling = _tiles(engine, volume, plan, configuration, box, overlap, memory, scans_held, probability)
     prepared = preprocess(volume, plan, configuration, previous, box=box)
     thick, imported = home_thick(volume.grid, configuration), configuration.grid == "shape"
-    counts = FAMILIES[configuration.network.value.family].counts
+    counts = configuration.network.value.counts
     sparse = scouting(tiling, configuration) if scouted and not counts else None
     gathered = Gathered(tiling.shape, configuration.slice_axis) if counts else None
     total = tiling.count + (sparse.count if sparse else 0)
@@ -318,7 +317,7 @@ def _tiles(
 ) -> Tiling:
     """The tiles of `segment`, over a scan of which only ``box`` is not empty."""
     as_floats = 4 if masked(plan) else 0
-    things = _THINGS_BYTES if FAMILIES[configuration.network.value.family].counts else 0
+    things = _THINGS_BYTES if configuration.network.value.counts else 0
     return within(
         memory,
         engine,

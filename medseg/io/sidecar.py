@@ -90,7 +90,7 @@ def read_prediction(path: Path, labels: LabelSet, case: str) -> LabelMap:
 
 def instances_of(path: Path) -> Path:
     """``scan_seg.nii.gz`` to ``scan_instances.nii.gz``."""
-    return path.with_name(f"{sidecar_of(path).stem.removesuffix(SUFFIX)}_instances.nii.gz")
+    return path.with_name(f"{sidecar_of(path).stem.removesuffix(SUFFIX)}{COUNTED}.nii.gz")
 
 
 def tells_instances(path: Path) -> bool:

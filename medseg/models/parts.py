@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from medseg.models.onnx_file import Port
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration
 
 TILES, LOGITS, FEATURES, ROIS = "tiles", "logits", "features", "rois"
@@ -38,7 +37,7 @@ class Part:
 def parts(configuration: Configuration, channels: int, classes: int) -> tuple[Part, ...]:
     """The graphs of a configuration's network; ``classes`` counts the background."""
     patch = seen(configuration, configuration.patch.value)
-    if FAMILIES[configuration.network.value.family].counts:
+    if configuration.network.value.counts:
         return _of_detector(configuration, channels, classes, patch)
     return (Part("", _port(TILES, channels, *patch), (_port(LOGITS, classes, *patch),)),)
 

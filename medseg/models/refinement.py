@@ -6,11 +6,11 @@ Chosen on cases that no network was trained on (`medseg.train.choose`), kept in 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from medseg.plan.plan import Strict
 
@@ -81,7 +81,8 @@ class Refinement(Strict):
 
     format: Literal[1] = 1
     rules: tuple[Rule, ...] = ()
-    crf: Crf | None = None
+    # A model's digest is made of this, also that of a model from before there was a field.
+    crf: Crf | None = Field(default=None, exclude_if=lambda crf: crf is None)
 
     @model_validator(mode="after")
     def _one_each(self) -> Refinement:
@@ -90,12 +91,6 @@ class Refinement(Strict):
         if not self.rules and self.crf is None:
             raise ValueError("nothing is refined")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A model's digest is made of this, also that of a model from before there was a field.
-        made: dict[str, Any] = dump(self)
-        return {key: value for key, value in made.items() if key != "crf" or value is not None}
 
     @property
     def steps(self) -> tuple[Rule | Crf, ...]:

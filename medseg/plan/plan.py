@@ -132,6 +132,11 @@ class Network(Strict):
         return self
 
     @property
+    def counts(self) -> bool:
+        """Whether it tells things of one label from each other."""
+        return FAMILIES[self.family].counts
+
+    @property
     def divisor(self) -> Three:
         """What a patch must be a multiple of, per axis."""
         product = [1, 1, 1]
@@ -387,17 +392,14 @@ class Plan(Strict):
         )
         shared = self.model_dump(mode="json", include={"channels", "labels", "optional_channels", "normalisation"})
         # Written where it is so, that those of other families are known as they were.
-        things = {"things": True} if self.counts(name) else {}
+        counts = self.configuration(name).network.value.counts
+        things = {"things": True} if counts else {}
         return digest(_without_reasons({**shared, **things, "configuration": configuration}))
-
-    def counts(self, name: str) -> bool:
-        """Whether a configuration's network tells things of one label from each other; the stored labels of its
-        cases are then numbered (`medseg.core.instances.numbered`, by `thing_step`) where their instances are known."""
-        return FAMILIES[self.configuration(name).network.value.family].counts
 
     @property
     def thing_step(self) -> int:
-        """Above all labels that a case may hold."""
+        """Above all labels that a case may hold. By it the stored labels of cases whose instances are known are
+        numbered (`medseg.core.instances.numbered`) where the network counts."""
         return max(*self.label_set.numbers, self.training.ignore_label or 0) + 1
 
 

@@ -445,7 +445,7 @@ def _rate_reason(family: str) -> str:
             "short runs need it high: 200 steps on the brain phantom gave Dice 0.54 at 2e-3, 0.78 at 4e-3 and 0.88 "
             "at 1e-2"
         )
-    return how + f"{family} learns nothing from the rates that a U-Net takes (benchmarks/families)"
+    return how + FAMILIES[family].rate_reason
 
 
 def _axis_names(axes: Sequence[int]) -> str:

@@ -20,7 +20,6 @@ from medseg.core.memory import free_memory
 from medseg.infer.engine import torch_precision
 from medseg.io.store import StoredCase
 from medseg.plan.cost import FEEDERS, Kind, estimate, feed_bytes
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Plan
 from medseg.train.augment import Variation, change, draw, mistaken, move, reach
 from medseg.train.loss import IGNORED, plain
@@ -63,7 +62,7 @@ class Batches:
         self._channels, self._inputs = len(plan.channels), plan.inputs(configuration)
         self._holders = holders(cases)
         self._class_of = _classes(plan)
-        self._counts = FAMILIES[configuration.network.value.family].counts
+        self._counts = configuration.network.value.counts
         self._as_they_are = np.array_equal(self._class_of[:-1], np.arange(len(self._class_of) - 1))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         size = sum(case.image.nbytes + 2 * math.prod(case.shape) for case in cases)

@@ -28,7 +28,6 @@ from medseg.io.store import CaseStore, StoredCase
 from medseg.models.build import build
 from medseg.models.package import ModelPackage, learnt_from
 from medseg.plan.cost import estimate, gib, require_room
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Plan, Training
 from medseg.plan.watch import due as validation_due
 from medseg.plan.watch import watching_of
@@ -254,7 +253,7 @@ def prepare(
             f"{setup.configuration} takes another model's labels, and cannot learn from scans without any",
             "Plan without --unlabelled, or train another configuration",
         )
-    if FAMILIES[configuration.network.value.family].counts:
+    if configuration.network.value.counts:
         _require_countable(plan, setup, device)
     if configuration.steps is None:
         raise InputError(f"the plan does not say how many steps {setup.configuration} takes", "Plan anew")

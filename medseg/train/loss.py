@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration, Plan
 
 # The class, in targets, of voxels that count for nothing.
@@ -169,7 +168,7 @@ def by_family(
 ) -> Callable[[Any, Tensor], Tensor]:
     """The loss ``one`` of logits and classes as a loss of what the configuration's network gives in training:
     of Mask R-CNN, beside that of its things."""
-    if configuration is None or not FAMILIES[configuration.network.value.family].counts:
+    if configuration is None or not configuration.network.value.counts:
         return lambda outputs, target: supervised(outputs, target, one)
     from medseg.train.detection import detection_loss  # MONAI's detection takes seconds to load
 

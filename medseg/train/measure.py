@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from medseg.plan.cost import DoesNotFitError, Step
-from medseg.plan.families import FAMILIES
 from medseg.plan.plan import Configuration
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def _steps(
     average = copy.deepcopy(network)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     loss = by_family(configuration, dice_cross_entropy)
-    counted = FAMILIES[configuration.network.value.family].counts
+    counted = configuration.network.value.counts
     shape = [p for axis, p in enumerate(patch) if axis != configuration.slice_axis]
     seconds: list[float] = []
     while len(seconds) < min(most, _FEWEST) or (len(seconds) < most and sum(seconds) < _SECONDS):
