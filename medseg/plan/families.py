@@ -69,13 +69,17 @@ FAMILIES: dict[str, Family] = {
         width=2.0,
         sigmoid=True,
     ),
-    "resunet": Family("large and varied datasets, with a day or more to train"),
-    "attention-unet": Family("small organs in large scans: gates that leave out what is far from them", cubic=True),
+    "resunet": Family("large and varied datasets, with a day or more to train", work=1.1, memory=1.1),
+    "attention-unet": Family(
+        "small organs in large scans: gates that leave out what is far from them", cubic=True, work=1.3, memory=1.5
+    ),
     "segresnet": Family(
         "large datasets on a GPU: a deep encoder, a light decoder (Auto3DSeg's first choice)",
         stages="leading",
         most_halvings=4,
         doubling=True,
+        work=1.5,
+        memory=1.1,
     ),
     "swinunetr": Family(
         "large datasets on a GPU, and pretrained weights: attention within shifted windows",
@@ -87,6 +91,8 @@ FAMILIES: dict[str, Family] = {
         multiple=12,
         learning_rate=1e-3,
         rate_reason="a tenth of the U-Net's, as is usual where there is attention; others were not compared",
+        work=5.6,
+        memory=3.1,
     ),
     "mednext": Family(
         "large datasets on a GPU: a U-Net of ConvNeXt blocks, few parameters",
@@ -97,14 +103,22 @@ FAMILIES: dict[str, Family] = {
         doubling=True,
         learning_rate=5e-3,
         rate_reason="250 steps on Task04 gave Dice 0.869 at 5e-3 and 0.854 at 2e-3 (benchmarks/families)",
+        work=2.9,
+        memory=2.7,
     ),
-    "fcn": Family("large round organs, quickly: a residual encoder whose coarse answers are enlarged"),
-    "deeplab": Family("large organs in much context: a dilated residual encoder that sees far", stages="dilated"),
+    "fcn": Family(
+        "large round organs, quickly: a residual encoder whose coarse answers are enlarged", work=0.7, memory=0.65
+    ),
+    "deeplab": Family(
+        "large organs in much context: a dilated residual encoder that sees far", stages="dilated", work=1.1, memory=0.9
+    ),
     "mask-rcnn": Family(
         "things that are counted: lesions, nodules, cells, vertebrae, one by one",
         counts=True,
         learning_rate=5e-3,
         rate_reason="half of the U-Net's, as several losses are added up; others were not compared",
+        work=1.3,
+        memory=0.9,
     ),
     "nnunet-plain": Family("imported from nnU-Net", trained=False),
     "nnunet-residual": Family("imported from nnU-Net", trained=False),
