@@ -91,21 +91,24 @@ def plan(
     if unknown := set(target.budgets) - {"", *_NAMES}:
         raise InputError(f"a budget is given for {sorted(unknown)[0]!r}", f"Configurations are {', '.join(_NAMES)}")
     mirroring = mirrored(measured, labels)
-    copies = 1 if FAMILIES[family].counts else 2 ** len(mirroring[0])
+    counts = FAMILIES[family].counts
+    copies = 1 if counts else 2 ** len(mirroring[0])
     chooser = Chooser(measured, len(labels) + 1, target, meter, copies=copies)
     solid = tuple(s for s in SIZES if s.voxels >= FAMILIES[family].least_patch(3))
     flat = tuple(s for s in SIZES if s.pixels >= FAMILIES[family].least_patch(2))
     volumes, size = chooser.choose("3d", lambda size: _volumes(measured, size, family), solid)
     slices, _ = chooser.choose("2d", lambda size: _slices(measured, size, family), flat)
     configurations = {"3d": volumes, "2d": slices}
-    coarse = _low_resolution(measured, volumes, size)
+    # Things are told from each other in a patch, which need not hold much of the case.
+    coarse = None if counts else _low_resolution(measured, volumes, size)
     if coarse is not None:
         configurations[_LOW], _ = chooser.choose(_LOW, lambda _: coarse, (size,))
         up_to = solid[: solid.index(size) + 1]
         configurations[_CASCADE], _ = chooser.choose(_CASCADE, lambda size: _cascade(measured, size, family), up_to)
     if unknown := set(target.budgets) - set(configurations) - {""}:
+        why = f"{family} counts at full resolution" if counts else "a patch holds enough of a case"
         raise InputError(
-            f"a budget is given for {sorted(unknown)[0]}, which is not planned: a patch holds enough of a case",
+            f"a budget is given for {sorted(unknown)[0]}, which is not planned: {why}",
             f"Its configurations are {', '.join(configurations)}",
         )
     return Plan(

@@ -298,6 +298,13 @@ def test_scans_much_larger_than_a_patch_are_seen_at_low_resolution_too() -> None
         alike((160, 160, 160), (1, 1, 1), Target("gpu", budgets={"3d-low": 9.0}))
 
 
+def test_things_are_counted_at_full_resolution() -> None:
+    scans = measured([CT[0]] * 3, [CT[1]] * 3, channels=("CT",))
+    assert list(plan(scans, ORGAN, Target("gpu"), family="mask-rcnn").configurations) == ["3d", "2d"]
+    with pytest.raises(InputError, match="3d-low, which is not planned: mask-rcnn counts at full resolution"):
+        plan(scans, ORGAN, Target("gpu", budgets={"3d-low": 9.0}), family="mask-rcnn")
+
+
 @pytest.mark.parametrize("machine", ["cpu", "gpu"])
 def test_where_there_is_low_resolution_a_second_stage_comes_after_it(machine: str) -> None:
     decided = alike(*CT, machine, channels=("CT",))
