@@ -381,6 +381,7 @@ def run(
                     raise StoppedError(
                         f"{course.phase} stopped at step {learner.step} of {steps}; the same command goes on from there"
                     )
+        ranks.wait()  # the first may still be writing what all read
         records = tuple(log.records())
         log.close()
     return learner, records
