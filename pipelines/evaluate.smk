@@ -12,11 +12,11 @@ rule evaluate:
     params:
         task=task_folder,
         fold=RESULTS + "/{task}/{configuration}/fold{fold}",
-        tolerance=config["tolerance_mm"],
+        tolerance="" if config["tolerance_mm"] is None else f"--tolerance {config['tolerance_mm']}",
     threads: threads_for(1)
     resources:
         mem_mb=4000,
         runtime=60,
     shell:
         "{MEDSEG} evaluate {params.fold:q}/predictions {params.task:q} -o {params.fold:q} "
-        "--tolerance {params.tolerance} > {log} 2>&1"
+        "--threads {threads} {params.tolerance} > {log} 2>&1"

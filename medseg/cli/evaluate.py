@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from medseg.cli.common import FOLDER, progress, table
+from medseg.cli.common import FOLDER, progress, table, threads_option
 from medseg.core.errors import InputError
+from medseg.core.words import count
 
 if TYPE_CHECKING:
-    from medseg.core.volume import LabelMap
+    from medseg.core.volume import LabelMap, Volume
     from medseg.dataset.task import Task
     from medseg.evaluate.instances import InstanceSummary, Matches
-    from medseg.evaluate.score import LabelSummary
+    from medseg.evaluate.score import CaseMetrics, LabelSummary
+    from medseg.models.evaluation import Figure
+
+
+class Tolerance(click.ParamType[tuple[str, float]]):
+    """A length in mm, for all labels ("") or, as ``liver=7``, for one: its name and the length."""
+
+    name = "[label=]mm"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """The label's name, "" for all, and the length."""
+        if isinstance(value, tuple):
+            return value
+        name, _, length = str(value).rpartition("=")
+        try:
+            mm = float(length)
+        except ValueError:
+            mm = -1.0
+        if not 0 <= mm < float("inf"):
+            self.fail(f"{value!r} is no length in mm; write 2 or liver=7", param, ctx)
+        return name, mm
 
 
 @click.command()
 @click.argument("predictions", type=FOLDER)
 @click.argument("task", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, help="Folder for metrics.csv and metrics.json.  [default: PREDICTIONS]")
-@click.option("--tolerance", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Of the NSD, in mm.")
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    type=Tolerance(),
+    help="Of the NSD, in mm, for all labels or for one; may be repeated.  [default: that of a Decathlon task, else 2]",
+)
+@click.option(
+    "--tube", "tubes", multiple=True, metavar="LABEL", help="Has a clDice; may be repeated.  [default: by its name]"
+)
+@click.option("--partial", is_flag=True, help="Score the cases that are there, though others of TASK are not.")
 @click.option("--instances", is_flag=True, help="Count things too, also those of a model that only labels voxels.")
 @click.option(
     "--iou",
@@ -32,65 +63,148 @@ if TYPE_CHECKING:
     help="From which overlap on a thing is found; may be repeated.  [default: 0.1, 0.3 and 0.5]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@threads_option
 def evaluate(
     predictions: Path,
     task: Path,
     output: Path | None,
-    tolerance: float,
+    tolerances: tuple[tuple[str, float], ...],
+    tubes: tuple[str, ...],
+    partial: bool,
     instances: bool,
     ious: tuple[float, ...],
     as_json: bool,
+    threads: int | None,
 ) -> None:
     """Score a folder of PREDICTIONS against the labels of TASK.
+
+    PREDICTIONS is what `medseg predict` wrote, or any folder with a label map for each case of TASK, named as the case
+    is, with or without _seg.
 
     Where the model was trained to ignore a label, voxels that have it do not count.
 
     Where the predictions have instances, or with --instances, these are scored too, into instances.csv (each
     thing found, missed or invented) and instances.json. A label map without instances has one wherever voxels
     of one label touch, of score 1; so has a TASK without instancesTr.
+
+    Where there are probabilities (`medseg predict --save-probabilities`), calibration.json says whether they mean
+    what they say.
     """
     import json
+    import os
 
     from medseg.dataset.task import load_labels, load_task
+    from medseg.evaluate import calibration
     from medseg.evaluate import instances as things
-    from medseg.evaluate.score import evaluate as evaluate_cases
-    from medseg.evaluate.score import ignoring, summarise, to_csv, to_json
+    from medseg.evaluate.score import score, summarise, to_csv, to_json
+    from medseg.evaluate.statistics import intervals
     from medseg.io.files import write_json, write_text
-    from medseg.io.sidecar import ignored_in, read_index, read_prediction
+    from medseg.io.sidecar import expected_in, ignored_in, probabilities_of, read_prediction
 
     reference = load_task(task)
-    index = read_index(predictions)
-    if not index:
-        raise InputError(f"{predictions} holds no prediction", "Predict some cases first")
+    index = _index(predictions, reference, partial=partial)
+    allowed, tubular = _tolerances(tolerances, reference), _numbers(tubes, reference)
     counted = instances or bool(ious) or _have_instances(index)
+    rows: list[CaseMetrics] = []
     matches: list[Matches] = []
-
-    def pairs() -> Iterator[tuple[str, LabelMap, LabelMap]]:
-        for case, path in progress("evaluate")(index.items(), len(index)):
-            predicted = read_prediction(path, reference.labels, case)
-            truth = load_labels(reference, reference.case(case))
-            if counted:
-                matches.extend(_matched(case, path, reference, predicted, truth))
-            yield case, *ignoring(predicted, truth, ignored_in(path), case=case)
-
-    rows = evaluate_cases(pairs(), tolerance_mm=tolerance)
-    document = to_json(rows, provenance={"task": reference.name, "tolerance_mm": tolerance})
+    reliable = []
+    expected: dict[str, Mapping[int, float]] = {}
+    for case, path in progress("evaluate")(index.items(), len(index)):
+        predicted = read_prediction(path, reference.labels, case)
+        one, ignored = reference.case(case), ignored_in(path)
+        truth = load_labels(reference, one)
+        if counted:
+            matches.extend(_matched(case, path, reference, predicted, truth))
+        if probable := probabilities_of(path):
+            reliable.append(calibration.sums(_shares(probable, case), truth, case=case, ignored=ignored))
+        expected[case] = expected_in(path, reference.labels)
+        rows += score(
+            predicted,
+            truth,
+            case=case,
+            subject=one.subject,
+            tolerance_mm={n: v for n, v in allowed.items() if n != ignored},
+            tubular=tubular,
+            ignored=ignored,
+            threads=threads or os.cpu_count() or 1,
+        )
+    document = to_json(rows, provenance={"task": reference.name})
     folder = output or predictions
-    write_text(folder / "metrics.csv", to_csv(rows))
-    write_json(folder / "metrics.json", document)
     cuts = tuple(sorted(set(ious))) or things.IOUS
     summaries = things.summarise(matches, ious=cuts)
     if counted:
         document["instances"] = things.to_json(summaries, provenance={"task": reference.name})
         write_text(folder / "instances.csv", things.to_csv(things.rows(matches, iou=cuts[0])))
         write_json(folder / "instances.json", document["instances"])
+    names = {label.number: label.name for label in reference.labels}
+    known = calibration.to_json(calibration.reliability(reliable, names), expected)
+    if reliable or any(expected.values()):
+        write_json(folder / "calibration.json", known)
+    write_text(folder / "metrics.csv", to_csv(rows))
+    write_json(folder / "metrics.json", {k: v for k, v in document.items() if k != "instances"})
     if as_json:
         click.echo(json.dumps(document))
         return
-    _show(summarise(rows), tolerance)
+    _show(summarise(rows), rows, intervals(rows))
     if summaries:
         click.echo()
         _show_instances(summaries)
+
+
+def _index(predictions: Path, task: Task, *, partial: bool) -> dict[str, Path]:
+    """The label map of each case. InputError for a case without a reference, and where a folder that medseg did not
+    write lacks a case of the task, unless ``partial``."""
+    from medseg.io.sidecar import INDEX, by_name, read_index
+
+    if (predictions / INDEX).exists():
+        index = read_index(predictions)
+        if not index:
+            raise InputError(f"{predictions} holds no prediction", "Predict some cases first")
+    else:
+        index = by_name(predictions)
+        labelled = [case.id for case in task.cases]
+        if missing := [case for case in labelled if case not in index]:
+            if len(missing) == len(labelled):
+                name = next(iter(index))
+                raise InputError(
+                    f"none of the files of {predictions} is named as a case of {task.name} ({name}, {missing[0]})",
+                    "Name each as its case, with or without _seg",
+                )
+            if not partial:
+                fault = f"{count(len(missing), 'case')} of {task.name} has no prediction, like {missing[0]}"
+                raise InputError(fault, "Predict them too, or score the others with --partial")
+    for case in index:
+        task.case(case)
+    return index
+
+
+def _numbers(names: Sequence[str], task: Task) -> set[int] | None:
+    """Of labels by name; None for no name."""
+    by_name = {label.name: label.number for label in task.labels}
+    for name in names:
+        if name not in by_name:
+            raise InputError(f"{task.name} has no label {name!r}", f"Its labels are {task.labels}")
+    return {by_name[name] for name in names} or None
+
+
+def _tolerances(given: Sequence[tuple[str, float]], task: Task) -> dict[int, float]:
+    """In mm, of each label: as ``given``, else those of the Decathlon for its tasks, else 2."""
+    from medseg.evaluate.score import DECATHLON_MM, TOLERANCE_MM
+
+    found = dict.fromkeys(task.labels.numbers, DECATHLON_MM.get(task.name, TOLERANCE_MM))
+    for name, value in sorted(given, key=lambda one: bool(one[0])):
+        of = _numbers([name], task) if name else set(found)
+        found |= dict.fromkeys(of or (), value)
+    return found
+
+
+def _shares(path: Path, case: str) -> Volume:
+    from medseg.io.nifti import read_volume
+
+    try:
+        return read_volume(path)
+    except InputError as error:
+        raise error.of_case(case) from None
 
 
 def _have_instances(index: Mapping[str, Path]) -> bool:
@@ -119,13 +233,19 @@ def _matched(case: str, path: Path, task: Task, predicted: LabelMap, truth: Labe
     return match(counting(found, truth, ignored), counting(wanted, truth, ignored), theirs.labels, case=case)
 
 
-def _show(summaries: Sequence[LabelSummary], tolerance: float) -> None:
-    heading = ["structure", "cases", "missed", "Dice", "IoU", "HD95 (mm)", "ASSD (mm)", f"NSD ({tolerance:g} mm)"]
-    lines = [heading]
+def _show(
+    summaries: Sequence[LabelSummary], rows: Sequence[CaseMetrics], sure: Mapping[tuple[int | None, str], Figure]
+) -> None:
+    tolerances = {row.tolerance_mm for row in rows}
+    at = f"NSD ({tolerances.pop():g} mm)" if len(tolerances) == 1 else "NSD"
+    lines = [["structure", "cases", "missed", "invented", "Dice", "95 % interval", at, "HD95 (mm)", "ASSD (mm)"]]
     for one in summaries:
-        figures = (one.dice_mean, one.iou_mean, one.hd95_mean_mm, one.assd_mean_mm, one.nsd_mean)
-        lines.append([one.name, str(one.cases), str(one.missed), *map(_figure, figures)])
-    click.echo(table(lines, right=range(1, len(heading))))
+        figure = sure.get((one.label, "dice"))
+        interval = f"{figure.low:.3f} to {figure.high:.3f}" if figure and figure.low is not None else "-"
+        figures = [_figure(value) for value in (one.nsd_mean, one.hd95_mean_mm, one.assd_mean_mm)]
+        counts = [str(n) for n in (one.cases, one.missed, one.invented)]
+        lines.append([one.name, *counts, _figure(one.dice_mean), interval, *figures])
+    click.echo(table(lines, right=range(1, len(lines[0]))))
 
 
 def _show_instances(summaries: Sequence[InstanceSummary]) -> None:

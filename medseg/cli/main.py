@@ -11,6 +11,7 @@ import click
 from medseg import __version__
 from medseg.cli.check import check
 from medseg.cli.choose import choose
+from medseg.cli.compare import compare
 from medseg.cli.convert import convert
 from medseg.cli.evaluate import evaluate
 from medseg.cli.inspect import inspect
@@ -31,7 +32,7 @@ def cli() -> None:
 
     \b
     A scan in, a label map out:   inspect, predict, convert
-    A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, choose, report
+    A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, compare, choose, report
     Models of nnU-Net and others: models
     Data with known truth:        phantom
 
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-VERBS = (inspect, convert, check, plan, preprocess, train, predict, evaluate, choose, report, models, phantom)
+VERBS = (inspect, convert, check, plan, preprocess, train, predict, evaluate, compare, choose, report, models, phantom)
 for command in VERBS:
     cli.add_command(command)
 

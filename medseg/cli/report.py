@@ -175,8 +175,17 @@ def _fold_commands(folder: RunFolder, one: Scored) -> Iterator[str]:
     package = f"RUN/{one.configuration}/fold{one.fold}"
     yield f"medseg train RUN -c {one.configuration} --fold {one.fold} {_length(folder, one)}".rstrip()
     yield f"medseg predict TASK --held-out -m {package}/model -o {package}/predictions"
-    tolerance = f" --tolerance {one.rows[0].tolerance_mm:g}" if one.rows else ""
-    yield f"medseg evaluate {package}/predictions TASK -o {package}{tolerance}"
+    yield f"medseg evaluate {package}/predictions TASK -o {package}{_tolerances(one)}"
+
+
+def _tolerances(one: Scored) -> str:
+    """The options that its cases were scored with."""
+    import shlex
+
+    each = {row.name: f"{row.tolerance_mm:g}" for row in one.rows}
+    if len(set(each.values())) == 1:
+        return f" --tolerance {next(iter(each.values()))}"
+    return "".join(f" --tolerance {shlex.quote(f'{name}={mm}')}" for name, mm in each.items())
 
 
 def _length(folder: RunFolder, one: Scored) -> str:

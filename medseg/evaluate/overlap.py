@@ -1,7 +1,8 @@
 """Overlap of two masks: plain functions on boolean arrays of one shape, any number of axes.
 
 Two empty masks have no overlap to speak of: the answer is NaN, not 1 and not 0. Where one alone is
-empty the answer is 0.
+empty the answer is 0, of precision and recall too: what is nowhere found, or found where nothing is,
+counts as badly as can be.
 """
 
 from __future__ import annotations
@@ -37,6 +38,29 @@ def iou(first: Mask, second: Mask) -> float:
     """
     shared, one, other = _counts(first, second)
     return shared / (one + other - shared) if one + other else float("nan")
+
+
+def precision(prediction: Mask, reference: Mask) -> float:
+    """Shared voxels over the predicted ones, 0 to 1; NaN for two empty masks.
+
+    Raises ValueError where the shapes differ.
+
+    >>> precision(np.array([True, True, False]), np.array([False, True, False]))
+    0.5
+    """
+    shared, ours, theirs = _counts(prediction, reference)
+    return shared / (ours or 1) if ours + theirs else float("nan")
+
+
+def recall(prediction: Mask, reference: Mask) -> float:
+    """Shared voxels over those of the reference, 0 to 1; NaN for two empty masks.
+
+    Raises ValueError where the shapes differ.
+
+    >>> recall(np.array([True, True, False]), np.array([False, True, False]))
+    1.0
+    """
+    return precision(reference, prediction)
 
 
 def _counts(first: NDArray[Any], second: NDArray[Any]) -> tuple[int, int, int]:

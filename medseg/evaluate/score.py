@@ -2,17 +2,23 @@
 
 What a label's row says where one of the two label maps does not hold it is decided here, once:
 
-=============  ===========  ===========  =================  ==========================
-status         reference    prediction   dice, iou, nsd     hd95_mm, assd_mm
-=============  ===========  ===========  =================  ==========================
-"ok"           present      present      measured           measured
-"missed"       present      absent       0                  diagonal of the image
-"invented"     absent       present      0                  diagonal of the image
-"both empty"   absent       absent       None               None
-=============  ===========  ===========  =================  ==========================
+================  =========  ==========  ==========================  =========================
+status            reference  prediction  overlaps                    distances
+================  =========  ==========  ==========================  =========================
+"ok"              present    present     measured                    measured
+"missed"          present    absent      0                           diagonal of the image
+"invented"        absent     present     0                           diagonal of the image
+"both empty"      absent     absent      None                        None
+"not computable"  (no voxel counts)      None                        None
+================  =========  ==========  ==========================  =========================
 
-None is "does not apply" and enters no mean. The diagonal is the largest distance that the image
-has room for: a missed organ counts as badly as can be and never drops out of a mean.
+Overlaps are Dice, IoU, precision, recall, boundary IoU, clDice and NSD, distances HD, HD95, ASSD and that of the
+centroids. None is "does not apply" and enters no mean. The diagonal is the largest distance that the image
+has room for: a missed organ counts as badly as can be and never drops out of a mean. No voxel counts
+where the reference has the label that is ignored everywhere.
+
+Where the image's border cuts a structure, its surface there and its volume are those of the part in the image, in
+both label maps alike; ``cut`` says in which of them it touches the border.
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
@@ -30,16 +37,39 @@ from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap
-from medseg.evaluate.overlap import Mask, dice, iou
+from medseg.evaluate.form import boundary_iou, centroid_distance, cldice, tubes
+from medseg.evaluate.overlap import Mask, dice, iou, precision, recall
 from medseg.evaluate.surface import assd, hausdorff, nsd, surface_distances
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-OK, MISSED, INVENTED, BOTH_EMPTY = "ok", "missed", "invented", "both empty"
+OK, MISSED, INVENTED, BOTH_EMPTY, NOT_COMPUTABLE = "ok", "missed", "invented", "both empty", "not computable"
 # By whether the label is predicted, and whether it is in the reference.
 _STATUS = {(True, True): OK, (False, True): MISSED, (True, False): INVENTED, (False, False): BOTH_EMPTY}
+# Those of which nothing is measured.
+NOTHING = (BOTH_EMPTY, NOT_COMPUTABLE)
+# The same pairs, of whether a structure touches the border of the image.
+_CUT = {(True, True): "both", (True, False): "prediction", (False, True): "reference", (False, False): ""}
+
+# What larger, and what smaller numbers are better of.
+OVERLAPS = ("dice", "iou", "precision", "recall", "boundary_iou", "cldice", "nsd")
+DISTANCES = ("hd_mm", "hd95_mm", "assd_mm", "centroid_mm")
 
 TOLERANCE_MM = 2.0
+# Of the NSD, in mm, as experts chose them for the tasks of the Medical Segmentation Decathlon (Antonelli et al.,
+# Nature Communications 2022).
+DECATHLON_MM = {
+    "Task01_BrainTumour": 5.0,
+    "Task02_Heart": 4.0,
+    "Task03_Liver": 7.0,
+    "Task04_Hippocampus": 1.0,
+    "Task05_Prostate": 4.0,
+    "Task06_Lung": 2.0,
+    "Task07_Pancreas": 5.0,
+    "Task08_HepaticVessel": 3.0,
+    "Task09_Spleen": 3.0,
+    "Task10_Colon": 4.0,
+}
 
 _UNREADABLE = "Score the cases again with this version of medseg"
 
@@ -48,33 +78,45 @@ Box = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class CaseMetrics:
-    """One label of one case. ``status`` and the meaning of None are told at the top of this module.
+    """One label of one case of a ``subject``. ``status``, ``cut`` and the meaning of None are told at the top of this
+    module.
 
-    ``dice``, ``iou`` and ``nsd`` (normalised surface Dice at ``tolerance_mm``) go from 0 to 1.
-    ``volume_error_mm3`` is predicted minus reference; in percent it is of the reference, and None
+    Overlaps go from 0 to 1; ``nsd`` is the normalised surface Dice at ``tolerance_mm``, which is the width of
+    the border of ``boundary_iou`` too, and ``cldice`` that of the centre lines, None for what is no tube. Distances
+    are in mm. ``volume_error_mm3`` is predicted minus reference; in percent it is of the reference, and None
     where that is empty.
 
     Raises InputError for an unknown status and for a number that is not finite.
     """
 
     case: str
+    subject: str
     label: int
     name: str
     status: str
+    cut: str
     dice: float | None
     iou: float | None
-    hd95_mm: float | None
-    assd_mm: float | None
+    precision: float | None
+    recall: float | None
+    boundary_iou: float | None
+    cldice: float | None
     nsd: float | None
     tolerance_mm: float
+    hd_mm: float | None
+    hd95_mm: float | None
+    assd_mm: float | None
+    centroid_mm: float | None
     reference_mm3: float
     predicted_mm3: float
     volume_error_mm3: float
     volume_error_percent: float | None
 
     def __post_init__(self) -> None:
-        if self.status not in _STATUS.values():
+        if self.status not in (*_STATUS.values(), NOT_COMPUTABLE):
             raise InputError(f"label {self.label} has the status {self.status!r}", _UNREADABLE, case=self.case)
+        if self.cut not in _CUT.values():
+            raise InputError(f"label {self.label} is cut in {self.cut!r}", _UNREADABLE, case=self.case)
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} of label {self.label} is {value}", "Use None", case=self.case)
@@ -85,7 +127,8 @@ class LabelSummary:
     """One label over its cases, or all labels (``label`` None, ``name`` "mean").
 
     ``cases`` is the number of cases that the figures stand on, missed and invented ones included,
-    those empty in both excluded. ``dice_std`` is the sample standard deviation, None below two
+    those empty in both and those not computable excluded; ``cut`` counts those of them that the image's border cuts.
+    ``dice_std`` is the sample standard deviation, None below two
     cases. ``volume_error_percent_median`` is the median absolute error over the cases that have
     the label in the reference. A figure that stands on nothing is None.
 
@@ -99,17 +142,26 @@ class LabelSummary:
     missed: int
     invented: int
     both_empty: int
+    not_computable: int
+    cut: int
     dice_mean: float | None
     dice_median: float | None
     dice_std: float | None
     iou_mean: float | None
+    precision_mean: float | None
+    recall_mean: float | None
+    boundary_iou_mean: float | None
+    cldice_mean: float | None
+    nsd_mean: float | None
+    hd_mean_mm: float | None
     hd95_mean_mm: float | None
     assd_mean_mm: float | None
-    nsd_mean: float | None
+    centroid_mean_mm: float | None
     volume_error_percent_median: float | None
 
 
 _FIGURES = tuple(name for name, kind in get_type_hints(LabelSummary).items() if kind == (float | None))
+_COUNTS = ("missed", "invented", "both_empty", "not_computable", "cut")
 
 
 def score(
@@ -117,37 +169,55 @@ def score(
     reference: LabelMap,
     *,
     case: str,
+    subject: str | None = None,
     tolerance_mm: float | Mapping[int, float] = TOLERANCE_MM,
+    tubular: Collection[int] | None = None,
+    ignored: int | None = None,
+    threads: int = 1,
 ) -> list[CaseMetrics]:
     """A row for each label of the reference, in order of their numbers.
 
     ``tolerance_mm`` is that of the normalised surface Dice, one for all or one for each label
-    number. Both label maps must lie on the same grid and name the same labels; nothing is
-    resampled. Work is confined to the box around each label.
+    number. Labels that are ``tubular`` (those whose names say so) have a clDice. Voxels where the reference has the
+    label ``ignored`` do not count. A case without a ``subject`` is one of its own.
+    Both label maps must lie on the same grid and name the same labels; nothing is
+    resampled. Work is confined to the box around each label, and ``threads`` labels are scored at a time.
 
     Raises InputError where the grids or labels differ, where a voxel holds a number that is no
     label, and where a tolerance is missing, superfluous, negative or not finite.
     """
     require_grid(prediction.grid, reference.grid, case)
     _same_labels(prediction, reference, case)
+    counts = ignored is None or bool((reference.values != ignored).any())
+    prediction, reference = ignoring(prediction, reference, ignored)
     tolerances = _tolerances(tolerance_mm, reference, case)
     ours, theirs = _boxes(prediction, "prediction", case), _boxes(reference, "reference", case)
-    rows = []
-    for label in reference.labels:
+    long = tubes(reference.labels) if tubular is None else tubular
+
+    def row(label: Label) -> CaseMetrics:
         boxes = ours.get(label.number), theirs.get(label.number)
-        rows.append(_score_label(prediction, reference, label, boxes, case, tolerances[label.number]))
-    return rows
+        box = _around([b for b in boxes if b is not None])
+        masks = [m.values[box] == label.number for m in (prediction, reference)]
+        voxel, grid, tolerance = reference.grid.voxel_volume, reference.grid, tolerances[label.number]
+        predicted, expected = (float(np.count_nonzero(mask) * voxel) for mask in masks)
+        status = _STATUS[boxes[0] is not None, boxes[1] is not None] if counts else NOT_COMPUTABLE
+        return CaseMetrics(
+            case=case,
+            subject=case if subject is None else subject,
+            label=label.number,
+            name=label.name,
+            status=status,
+            cut=_CUT[_touches(boxes[0], grid), _touches(boxes[1], grid)],
+            **_measures(status, masks, grid, box, tolerance, tube=label.number in long),
+            tolerance_mm=tolerance,
+            reference_mm3=expected,
+            predicted_mm3=predicted,
+            volume_error_mm3=predicted - expected,
+            volume_error_percent=100 * (predicted - expected) / expected if expected else None,
+        )
 
-
-def evaluate(
-    pairs: Iterable[tuple[str, LabelMap, LabelMap]], *, tolerance_mm: float | Mapping[int, float] = TOLERANCE_MM
-) -> list[CaseMetrics]:
-    """The rows of many cases: (case, prediction, reference) each, as `score` takes them."""
-    return [
-        row
-        for case, prediction, reference in pairs
-        for row in score(prediction, reference, case=case, tolerance_mm=tolerance_mm)
-    ]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(row, reference.labels))
 
 
 def ignoring(
@@ -305,47 +375,37 @@ def _boxes(labels: LabelMap, whose: str, case: str) -> dict[int, Box]:
     return boxes
 
 
-def _score_label(
-    prediction: LabelMap,
-    reference: LabelMap,
-    label: Label,
-    boxes: tuple[Box | None, Box | None],
-    case: str,
-    tolerance: float,
-) -> CaseMetrics:
-    box = _around([b for b in boxes if b is not None])
-    ours, theirs = (m.values[box] == label.number for m in (prediction, reference))
-    voxel = reference.grid.voxel_volume
-    predicted, expected = (float(np.count_nonzero(mask) * voxel) for mask in (ours, theirs))
-    status = _STATUS[boxes[0] is not None, boxes[1] is not None]
-    return CaseMetrics(
-        case=case,
-        label=label.number,
-        name=label.name,
-        status=status,
-        **_measures(status, ours, theirs, reference.grid, box, tolerance),
-        tolerance_mm=tolerance,
-        reference_mm3=expected,
-        predicted_mm3=predicted,
-        volume_error_mm3=predicted - expected,
-        volume_error_percent=100 * (predicted - expected) / expected if expected else None,
-    )
+def _touches(box: Box | None, grid: Grid) -> bool:
+    """Whether what fills a box touches the border of the image, along any axis that it has more than one voxel of."""
+    sides = zip(box or (), grid.shape, strict=False)
+    return any(n > 1 and (side.start == 0 or side.stop == n) for side, n in sides)
 
 
-def _measures(status: str, ours: Mask, theirs: Mask, grid: Grid, box: Box, tolerance: float) -> dict[str, float | None]:
+def _measures(
+    status: str, masks: Sequence[Mask], grid: Grid, box: Box, tolerance: float, *, tube: bool
+) -> dict[str, float | None]:
     """The table at the top of this module, for masks that fill a box of the grid."""
-    if status == BOTH_EMPTY:
-        return dict.fromkeys(("dice", "iou", "hd95_mm", "assd_mm", "nsd"))
+    found: dict[str, float | None] = dict.fromkeys((*OVERLAPS, *DISTANCES))
+    if status in NOTHING:
+        return found
     if status != OK:
-        worst = diagonal_mm(grid)
-        return {"dice": 0.0, "iou": 0.0, "hd95_mm": worst, "assd_mm": worst, "nsd": 0.0}
-    between = surface_distances(ours, theirs, grid.window([s.start for s in box], ours.shape))
+        found |= dict.fromkeys(OVERLAPS, 0.0) | dict.fromkeys(DISTANCES, diagonal_mm(grid))
+        return found | ({} if tube else {"cldice": None})
+    ours, theirs = masks
+    inside = grid.window([s.start for s in box], ours.shape)
+    between = surface_distances(ours, theirs, inside)
     return {
         "dice": dice(ours, theirs),
         "iou": iou(ours, theirs),
+        "precision": precision(ours, theirs),
+        "recall": recall(ours, theirs),
+        "boundary_iou": boundary_iou(ours, theirs, inside, tolerance),
+        "cldice": cldice(ours, theirs) if tube else None,
+        "nsd": nsd(between, tolerance),
+        "hd_mm": hausdorff(between),
         "hd95_mm": hausdorff(between, 95),
         "assd_mm": assd(between),
-        "nsd": nsd(between, tolerance),
+        "centroid_mm": centroid_distance(ours, theirs, inside),
     }
 
 
@@ -359,35 +419,33 @@ def _around(boxes: list[Box]) -> Box:
 def _summarise_label(rows: list[CaseMetrics]) -> LabelSummary:
     dices = [row.dice for row in rows if row.dice is not None]
     errors = [abs(row.volume_error_percent) for row in rows if row.volume_error_percent is not None]
-    counts = [sum(row.status == status for row in rows) for status in (MISSED, INVENTED, BOTH_EMPTY)]
+    counts = {status: sum(row.status == status for row in rows) for status in (MISSED, INVENTED, *NOTHING)}
+    counted = [row for row in rows if row.status not in NOTHING]
     return LabelSummary(
         label=rows[0].label,
         name=rows[0].name,
-        cases=len(rows) - counts[2],
-        missed=counts[0],
-        invented=counts[1],
-        both_empty=counts[2],
-        dice_mean=_mean(dices),
+        cases=len(counted),
+        missed=counts[MISSED],
+        invented=counts[INVENTED],
+        both_empty=counts[BOTH_EMPTY],
+        not_computable=counts[NOT_COMPUTABLE],
+        cut=sum(bool(row.cut) for row in counted),
         dice_median=float(np.median(dices)) if dices else None,
         dice_std=float(np.std(dices, ddof=1)) if len(dices) > 1 else None,
-        iou_mean=_mean(row.iou for row in rows),
-        hd95_mean_mm=_mean(row.hd95_mm for row in rows),
-        assd_mean_mm=_mean(row.assd_mm for row in rows),
-        nsd_mean=_mean(row.nsd for row in rows),
         volume_error_percent_median=float(np.median(errors)) if errors else None,
+        **{f"{name}_mean": _mean(getattr(row, name) for row in rows) for name in OVERLAPS},
+        **{f"{name[:-3]}_mean_mm": _mean(getattr(row, name) for row in rows) for name in DISTANCES},
     )
 
 
 def _summarise_all(labels: list[LabelSummary], groups: Mapping[int, list[CaseMetrics]]) -> LabelSummary:
-    counted = {row.case for rows in groups.values() for row in rows if row.status != BOTH_EMPTY}
+    counted = {row.case for rows in groups.values() for row in rows if row.status not in NOTHING}
     return LabelSummary(
         label=None,
         name="mean",
         cases=len(counted),
-        missed=sum(one.missed for one in labels),
-        invented=sum(one.invented for one in labels),
-        both_empty=sum(one.both_empty for one in labels),
-        **{name: _mean(getattr(one, name) for one in labels) for name in _FIGURES},
+        **{name: sum(getattr(one, name) for one in labels) for name in _COUNTS},
+        **{name: _mean(getattr(one, name) for one in labels) for name in _FIGURES},  # type: ignore[arg-type]
     )
 
 

@@ -9,11 +9,14 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
 
 from medseg.dataset.split import FEW_SUBJECTS
+from medseg.evaluate.score import CaseMetrics
 from medseg.models.evaluation import Figure
 
 Float64 = NDArray[np.float64]
 
 RESAMPLES = 4000
+# What of a run is given with an interval.
+INTERVALS = ("dice", "nsd", "hd95_mm")
 
 
 def mean_over_labels(values: Float64) -> float:
@@ -47,13 +50,45 @@ def bootstrap(
     if len(names) < FEW_SUBJECTS:
         return Figure(mean=mean)
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    weights = draws[:, owner].astype(np.float64)
-    known = ~np.isnan(values[counted])
-    counts = weights @ known
-    sums = weights @ np.where(known, values[counted], 0)
-    # A label that no drawn case has counts for nothing in that draw.
-    means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
-    drawn = means.sum(axis=1) / (counts > 0).sum(axis=1)
+    drawn = drawn_means(values[counted], draws[:, owner].astype(np.float64))
     tail = ndtr(-np.sqrt(len(names) / (len(names) - 1)) * stdtrit(len(names) - 1, (1 + level) / 2))
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Figure(mean=mean, low=float(low), high=float(high))
+
+
+def drawn_means(values: Float64, weights: Float64) -> Float64:
+    """`mean_over_labels` (draws,) of ``values`` (cases, labels) in draws whose cases have ``weights`` (draws, cases).
+    A label that no drawn case has counts for nothing in that draw."""
+    known = ~np.isnan(values)
+    counts, sums = weights @ known, weights @ np.where(known, values, 0)
+    means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+    there = (counts > 0).sum(axis=1)
+    out: Float64 = np.divide(means.sum(axis=1), there, out=np.full(len(weights), np.nan), where=there > 0)
+    return out
+
+
+def intervals(rows: Sequence[CaseMetrics], fields: Sequence[str] = INTERVALS) -> dict[tuple[int | None, str], Figure]:
+    """The mean of each of the ``fields`` of each label, and over the labels (None), with its interval over subjects:
+    keys (label, field). What stands on nothing is not in it."""
+    labels = sorted({row.label for row in rows})
+    found = {}
+    for field in fields:
+        values, subjects = table(rows, field, labels)
+        for label, columns in ((None, values), *((n, values[:, [i]]) for i, n in enumerate(labels))):
+            figure = bootstrap(columns, subjects)
+            if figure:
+                found[label, field] = figure
+    return found
+
+
+def table(rows: Sequence[CaseMetrics], field: str, labels: Sequence[int]) -> tuple[Float64, list[str]]:
+    """A ``field`` of many rows as (cases, labels), NaN where it is None or there is no row, and whose each case is;
+    cases in the order in which they come."""
+    place = {case: i for i, case in enumerate(dict.fromkeys(row.case for row in rows))}
+    column = {label: i for i, label in enumerate(labels)}
+    values, subjects = np.full((len(place), len(labels)), np.nan), [""] * len(place)
+    for row in rows:
+        subjects[place[row.case]] = row.subject
+        if row.label in column:
+            values[place[row.case], column[row.label]] = np.nan if (v := getattr(row, field)) is None else v
+    return values, subjects

@@ -26,13 +26,8 @@ Mask = NDArray[np.bool_]
 Float64 = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-# Cosine between two axes above which a grid counts as sheared. Below it, taking the axes as
-# orthogonal changes a distance by less than one part in ten thousand.
-_SHEARED = 1e-4
-
-# Corners in the box for each element, above which a tree of the elements is surely faster than a
-# distance transform of the box, as with a stray voxel far from the organ. Both give the same.
-_SPARSE = 100
+# How far around an element others are looked for one by one: farther, a tree is as quick.
+_STEPS = 2
 
 # Rounding of an affine must not decide whether a distance of one voxel is within a tolerance of
 # one voxel.
@@ -62,10 +57,8 @@ class SurfaceDistances:
 def surface_distances(first: Mask, second: Mask, grid: Grid) -> SurfaceDistances:
     """Distances between the surfaces of two masks (X, Y, Z) on one grid.
 
-    An oblique grid needs nothing special, for turning it changes no distance. On a sheared grid
-    (axes that are not at right angles, as of a tilted CT gantry) the nearest element is searched
-    among positions in mm and areas are those of the sheared triangles: sometimes slower, as exact.
-    The work is confined to the box around both masks.
+    Any grid will do: the nearest element is searched among positions in mm, and areas are those of the triangles
+    on the grid, oblique or sheared (as of a tilted CT gantry). The work is confined to the box around both masks.
 
     Raises ValueError where the masks do not have the grid's shape.
     """
@@ -75,8 +68,14 @@ def surface_distances(first: Mask, second: Mask, grid: Grid) -> SurfaceDistances
             raise ValueError(f"a mask of shape {mask.shape} on a grid of shape {grid.shape}")
     box = _box(masks[0] | masks[1])
     codes = [_codes(mask[box]) for mask in masks]
-    weights = element_areas(grid)
-    return SurfaceDistances(_directed(codes[0], codes[1], grid, weights), _directed(codes[1], codes[0], grid, weights))
+    surfaces = [(code != 0) & (code != 255) for code in codes]
+    elements = [np.argwhere(surface) for surface in surfaces]
+    weights, axes = element_areas(grid), grid.affine[:3, :3]
+    areas = [weights[code[surface]] for code, surface in zip(codes, surfaces, strict=True)]
+    return SurfaceDistances(
+        Directed(*_ascending(_nearest(elements[0], elements[1], surfaces[1], axes), areas[0])),
+        Directed(*_ascending(_nearest(elements[1], elements[0], surfaces[0], axes), areas[1])),
+    )
 
 
 def surface_area(mask: Mask, grid: Grid) -> float:
@@ -171,50 +170,49 @@ def _box(mask: Mask) -> tuple[slice, ...]:
     return found if found is not None else (slice(0, 0),) * mask.ndim
 
 
-def _directed(start: NDArray[np.uint8], goal: NDArray[np.uint8], grid: Grid, weights: Float64) -> Directed:
-    here = _on_surface(start)
-    elements, areas = np.argwhere(here), weights[start[here]]
-    there = _on_surface(goal)
-    if not len(elements) or not there.any():
-        return Directed(np.full(len(elements), np.inf), areas)
-    axes = grid.affine[:3, :3]
-    if _sheared(grid) or there.size > _SPARSE * len(elements):
-        nearest = _nearest_by_tree(elements, there, axes)
-    else:
-        nearest = _nearest_by_transform(elements, there, grid.spacing)
-    distances = np.linalg.norm((elements - nearest) @ axes.T, axis=1)
-    order = np.argsort(distances, kind="stable")
-    return Directed(distances[order], areas[order])
+def _nearest(elements: Index, goals: Index, surface: Mask, axes: Float64) -> Float64:
+    """From elements (n, 3) the distance (n,) in mm to the nearest of the ``goals`` (m, 3), which make up a ``surface``,
+    all in indices of corners; axes (columns, mm) may lie at any angle.
 
-
-def _on_surface(codes: NDArray[np.uint8]) -> Mask:
-    surface: Mask = (codes != 0) & (codes != 255)
-    return surface
-
-
-def _sheared(grid: Grid) -> bool:
-    cosines = grid.direction.T @ grid.direction - np.eye(3)
-    return bool(np.abs(cosines).max() > _SHEARED)
-
-
-def _nearest_by_transform(elements: Index, surface: Mask, spacing: tuple[float, float, float]) -> Index:
-    """For elements (n, 3) the nearest (n, 3) on a surface (X, Y, Z), all in indices of corners; for
-    axes at right angles."""
-    from scipy.ndimage import distance_transform_edt
-
-    # Indices alone, no map of distances: a third of the memory, and only the elements are asked.
-    nearest = distance_transform_edt(~surface, sampling=spacing, return_distances=False, return_indices=True)
-    return np.asarray(nearest[(slice(None), *elements.T)].T, dtype=np.intp)
-
-
-def _nearest_by_tree(elements: Index, surface: Mask, axes: Float64) -> Index:
-    """The same for any axes (columns, mm)."""
+    Most surfaces lie within a step or two of each other: the places around each element are looked at, the nearest
+    first, and what has found nothing by then asks a tree."""
     from scipy.spatial import cKDTree
 
-    candidates = np.argwhere(surface)
-    _, found = cKDTree(candidates @ axes.T).query(elements @ axes.T)
-    nearest: Index = candidates[found]
-    return nearest
+    distances = np.full(len(elements), np.inf)
+    if not len(goals):
+        return distances
+    near = np.pad(surface, _STEPS)
+    steps, lengths = _around(axes)
+    strides = np.array([near.shape[1] * near.shape[2], near.shape[2], 1])
+    places, flat = (elements + _STEPS) @ strides, near.ravel()
+    left = np.arange(len(elements))
+    for step, length in zip(steps @ strides, lengths, strict=True):
+        found = flat[places + step]
+        distances[left[found]] = length
+        left, places = left[~found], places[~found]
+        if not len(left):
+            return distances
+    tree = cKDTree(goals @ axes.T, balanced_tree=False, compact_nodes=False)
+    distances[left] = tree.query(elements[left] @ axes.T)[0]
+    return distances
+
+
+def _around(axes: Float64) -> tuple[Index, Float64]:
+    """Steps (k, 3) along the axes of a grid, and their lengths (k,) in mm, ascending: all that are shorter than any of
+    more than `_STEPS` along some axis."""
+    reach = np.arange(-_STEPS - 1, _STEPS + 2)
+    steps = np.stack(np.meshgrid(reach, reach, reach, indexing="ij"), axis=-1).reshape(-1, 3)
+    lengths = np.linalg.norm(steps @ axes.T, axis=1)
+    # Between two parallel planes of corners nothing is nearer than they are.
+    apart = 1 / np.linalg.norm(np.linalg.inv(axes), axis=1)
+    inner = lengths < (_STEPS + 1) * apart.min()
+    order = np.argsort(lengths[inner], kind="stable")
+    return steps[inner][order], lengths[inner][order]
+
+
+def _ascending(distances: Float64, areas: Float64) -> tuple[Float64, Float64]:
+    order = np.argsort(distances, kind="stable")
+    return distances[order], areas[order]
 
 
 def _both_empty(between: SurfaceDistances) -> bool:

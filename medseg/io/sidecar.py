@@ -13,7 +13,7 @@ from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap
 from medseg.core.words import count
 from medseg.io.files import read_json, write_json
-from medseg.io.nifti import SUFFIXES, read_labels, read_raw_labels
+from medseg.io.nifti import SUFFIXES, is_nifti, read_labels, read_raw_labels, stem
 
 SUFFIX = "_seg"
 # Of the map of the things that were counted, in place of the other.
@@ -33,6 +33,39 @@ def ignored_in(path: Path) -> int | None:
     record = _read_or_none(sidecar_of(path))
     number = record.get("ignore_label") if isinstance(record, dict) else None
     return number if isinstance(number, int) else None
+
+
+def probabilities_of(path: Path) -> Path | None:
+    """The file of probabilities that belongs to a label map, where its sidecar names one."""
+    record = _read_or_none(sidecar_of(path))
+    name = record.get("probabilities") if isinstance(record, dict) else None
+    return path.with_name(Path(name).name) if isinstance(name, str) else None
+
+
+def expected_in(path: Path, labels: LabelSet) -> dict[int, float]:
+    """The Dice that the model predicted, by label number; nothing where the sidecar tells of none."""
+    record = _read_or_none(sidecar_of(path))
+    organs = record.get("organs") if isinstance(record, dict) else None
+    known = [one for one in organs if isinstance(one, dict)] if isinstance(organs, list) else []
+    dice = {one.get("number"): one.get("predicted_dice") for one in known}
+    return {n: float(value) for n in labels.numbers if isinstance(value := dice.get(n), float | int)}
+
+
+def by_name(folder: Path) -> dict[str, Path]:
+    """The label maps of a folder that has no index, by their names without suffix and ``_seg``.
+
+    Raises InputError where there is none, and where two have one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_nifti(path):
+            case = stem(path).removesuffix(SUFFIX)
+            if case in found:
+                raise InputError(f"{found[case].name} and {path.name} are of one case", "Leave one of them", case=case)
+            found[case] = path
+    if not found:
+        raise InputError(f"{folder} has no label map (.nii, .nii.gz)", "Name the folder of the predictions")
+    return found
 
 
 def require_own(path: Path, *more: Path) -> None:

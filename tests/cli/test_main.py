@@ -19,6 +19,7 @@ def test_the_verbs() -> None:
     assert VERBS == [
         "check",
         "choose",
+        "compare",
         "convert",
         "evaluate",
         "inspect",

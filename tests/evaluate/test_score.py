@@ -38,13 +38,15 @@ KIDNEY = np.s_[8:10, 6:9, 5:8]
 
 
 def row(case="a", label=1, name="liver", status="ok", dice=0.5, **more):
-    values = {"iou": 0.4, "hd95_mm": 3.0, "assd_mm": 1.0, "nsd": 0.9, "tolerance_mm": 2.0}
+    values = {"subject": case, "cut": "", "iou": 0.4, "precision": 0.6, "recall": 0.5, "boundary_iou": 0.3}
+    values |= {"cldice": None, "nsd": 0.9, "tolerance_mm": 2.0}
+    values |= {"hd_mm": 4.0, "hd95_mm": 3.0, "assd_mm": 1.0, "centroid_mm": 0.5}
     values |= {"reference_mm3": 10.0, "predicted_mm3": 12.0, "volume_error_mm3": 2.0, "volume_error_percent": 20.0}
-    return CaseMetrics(case, label, name, status, dice, **values | more)
+    return CaseMetrics(case=case, label=label, name=name, status=status, dice=dice, **values | more)
 
 
 def both_empty(**which):
-    nothing = dict.fromkeys(("dice", "iou", "hd95_mm", "assd_mm", "nsd", "volume_error_percent"))
+    nothing = dict.fromkeys((*module.OVERLAPS, *module.DISTANCES, "volume_error_percent"))
     return row(status="both empty", **which, **nothing)
 
 
@@ -95,9 +97,59 @@ WORST = math.sqrt(12**2 + 20**2 + 24**2)
 def test_the_table_of_awkward_cases(predicted, expected, status, overlap, far, error_percent):
     r = score(label_map(predicted), label_map(expected), case="a")[0]
     assert r.status == status
-    assert (r.dice, r.iou, r.nsd) == (overlap, overlap, overlap)
-    assert (r.hd95_mm, r.assd_mm) == (pytest.approx(far), pytest.approx(far))
+    assert {getattr(r, name) for name in module.OVERLAPS if name != "cldice"} == {overlap}
+    assert r.cldice is None
+    assert [getattr(r, name) for name in module.DISTANCES] == [pytest.approx(far)] * 4
     assert r.volume_error_percent == error_percent
+
+
+def test_a_tube_that_is_missed_counts_with_nothing_of_its_centre_line():
+    vessels = LabelSet((Label("hepatic_vessel", 1),))
+    missed = score(label_map({}, labels=vessels), label_map({1: LIVER}, labels=vessels), case="a")
+    assert missed[0].cldice == 0
+    assert score(label_map({}), label_map({1: LIVER}), case="a", tubular={1})[0].cldice == 0
+    assert score(label_map({1: LIVER}), label_map({1: LIVER}), case="a", tubular={1})[0].cldice == 1
+
+
+def test_where_nothing_counts_nothing_can_be_said():
+    labels = LabelSet((Label("organ", 1), Label("unclear", 5)))
+    (one,) = score(
+        label_map({1: LIVER}, labels=labels), label_map({5: np.s_[:, :, :]}, labels=labels), case="a", ignored=5
+    )
+    assert (one.status, one.dice, one.hd95_mm) == ("not computable", None, None)
+    summary, mean = summarise([one])
+    assert (summary.cases, summary.not_computable, summary.dice_mean, mean.cases) == (0, 1, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected", "cut"),
+    [
+        (LIVER, LIVER, ""),
+        (np.s_[0:5, 1:5, 1:5], LIVER, "prediction"),
+        (LIVER, np.s_[1:5, 1:5, 1:8], "reference"),
+        (np.s_[1:5, 1:10, 1:5], np.s_[8:12, 1:5, 1:5], "both"),
+    ],
+)
+def test_what_the_border_of_the_image_cuts_is_told(predicted, expected, cut):
+    assert score(label_map({1: predicted}), label_map({1: expected}), case="a")[0].cut == cut
+
+
+def test_a_single_slice_cuts_nothing():
+    flat = Grid.from_spacing((12, 10, 1), (1, 2, 3))
+    whole = label_map({1: np.s_[1:5, 1:5]}, flat)
+    row = score(whole, whole, case="a")[0]
+    assert (row.cut, row.dice, row.boundary_iou) == ("", 1, 1)
+
+
+def test_any_number_of_threads_gives_the_same_rows():
+    pair = label_map({1: np.s_[1:5, 2:6, 1:5], 4: np.s_[8:10, 5:8, 5:8]}), label_map({1: LIVER, 4: KIDNEY})
+    assert score(*pair, case="a", threads=2) == score(*pair, case="a")
+
+
+def test_a_case_belongs_to_its_subject():
+    whole = label_map({1: LIVER})
+    assert {row.subject for row in score(whole, whole, case="a", subject="s")} == {"s"}
+    assert {row.subject for row in score(whole, whole, case="a")} == {"a"}
 
 
 def test_opposite_corners_are_no_farther_than_the_worst():
@@ -221,9 +273,9 @@ def test_rows_that_do_not_belong_together_are_refused(rows):
 
 def test_csv_has_a_line_per_row_and_leaves_empty_what_does_not_apply():
     lines = to_csv([row("a, b"), both_empty(case="c")]).splitlines()
-    assert lines[0].startswith("case,label,name,status,dice,iou,hd95_mm,assd_mm,nsd,tolerance_mm,reference_mm3,")
-    assert lines[1].startswith('"a, b",1,liver,ok,0.5,')
-    assert lines[2].startswith("c,1,liver,both empty,,,,,,2.0,")
+    assert lines[0].startswith("case,subject,label,name,status,cut,dice,iou,precision,recall,boundary_iou,cldice,nsd,")
+    assert lines[1].startswith('"a, b","a, b",1,liver,ok,,0.5,0.4,')
+    assert lines[2].startswith("c,c,1,liver,both empty,,,,,,,,,2.0,,,,,")
 
 
 def test_json_there_and_back():
@@ -250,7 +302,7 @@ def without(table, key):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: d | {"format": 2}, "format version 2"),
+        (lambda d: d | {"format": 1}, "format version 1"),
         (lambda d: without(d, "format"), "format version None"),
         (lambda d: d | {"colour": "red"}, "unknown in the scores: colour"),
         (lambda d: without(d, "summary"), "missing in the scores: summary"),
@@ -264,6 +316,7 @@ def without(table, key):
         (lambda d: d | {"rows": [d["rows"][0] | {"reference_mm3": None}]}, "reference_mm3 in row 1"),
         (lambda d: d | {"rows": [d["rows"][0] | {"dice": math.nan}]}, "dice of label 1 is nan"),
         (lambda d: d | {"rows": [d["rows"][0] | {"status": "fine"}]}, "status 'fine'"),
+        (lambda d: d | {"rows": [d["rows"][0] | {"cut": "a bit"}]}, "cut in 'a bit'"),
         (lambda d: [d], "no table"),
     ],
 )
@@ -273,7 +326,7 @@ def test_json_that_is_not_ours_is_refused(change, says):
 
 
 def test_the_table_of_statuses_is_complete():
-    for status in module._STATUS.values():
+    for status in (*module._STATUS.values(), module.NOT_COMPUTABLE):
         assert f'"{status}"' in module.__doc__
 
 

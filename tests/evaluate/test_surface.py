@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from medseg.core.grid import Grid
-from medseg.evaluate import surface
 from medseg.evaluate.surface import (
     SurfaceDistances,
     assd,
@@ -255,17 +254,41 @@ def test_fast_and_slow_agree(pair, spacing, sheared):
     np.testing.assert_allclose(everything(first, second, where), brute(first, second, where), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*scipy.ndimage:DeprecationWarning")
 @given(PAIRS, SPACING)
 @FEW
-def test_tree_and_transform_agree(pair, spacing):
+def test_as_the_program_that_defined_them_measures(pair, spacing):
+    """google-deepmind/surface-distance: the same elements and areas; its percentile is the first distance beyond, where
+    the share is met exactly."""
+    import surface_distance as theirs
+
     first, second = filled(pair)
     where = grid(first.shape, spacing)
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for always in (0, math.inf):
-            patch.setattr(surface, "_SPARSE", always)
-            found.append(everything(first, second, where))
-    np.testing.assert_allclose(*found)
+    known = theirs.compute_surface_distances(first, second, spacing)
+    between = surface_distances(first, second, where)
+    assert hausdorff(between) == pytest.approx(theirs.compute_robust_hausdorff(known, 100))
+    for percent in (50.123, 94.987):
+        assert hausdorff(between, percent) == pytest.approx(theirs.compute_robust_hausdorff(known, percent))
+    for tolerance in (0.6, 1.1, 2.6):
+        expected = theirs.compute_surface_dice_at_tolerance(known, tolerance)
+        assert nsd(between, tolerance) == pytest.approx(expected)
+
+
+@given(PAIRS, SPACING)
+@FEW
+def test_as_monai_measures(pair, spacing):
+    """MONAI's NSD with subvoxels has the same elements. Its Hausdorff and mean distances count voxels of the border,
+    and are others (docs/metrics.md)."""
+    import torch
+    from monai.metrics import compute_surface_dice
+
+    first, second = filled(pair)
+    one, other = (torch.from_numpy(np.pad(mask, 2)[None, None].astype(np.float32)) for mask in (first, second))
+    options = {"include_background": True, "spacing": list(spacing), "use_subvoxels": True}
+    for tolerance in (0.6, 1.1, 2.6):
+        expected = float(compute_surface_dice(one, other, [tolerance], **options))
+        found = nsd(surface_distances(first, second, grid(first.shape, spacing)), tolerance)
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 # Properties.
