@@ -22,7 +22,6 @@ from measure import run
 from medseg.plan.cost import gib
 from medseg.plan.families import TRAINED
 from medseg.plan.plan import read_plan
-from medseg.report.figures import axis
 
 _AGAIN = "unet again"
 
@@ -85,33 +84,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Dice of every family, a row each, a mark for each task: an SVG that follows the page's colours."""
+def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Dice of every family, a row each, a mark for each task, as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "medseg"  # the same figures give the same file
     names = list(dict.fromkeys(row["family"] for rows in found.values() for row in rows))
-    along = axis([row["dice"] for rows in found.values() for row in rows], high=1.0)
-    left, width, high, top = 130, 470, 26, 40
-    bottom = top + high * len(names)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {bottom + 30}" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
-        f'<rect width="{left + width + 20}" height="{bottom + 30}" fill="white"/>',
-    ]
-    for tick in along.ticks:
-        x = left + width * along.percent(tick) / 100
-        parts.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
-    for number, name in enumerate(names):
-        y = top + high * (number + 0.5)
-        parts.append(f'<text x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
-        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}" stroke="#f0f0f0"/>')
-    colours = ("#0072b2", "#d55e00", "#009e73")
-    for (task, rows), colour, place in zip(found.items(), colours, range(len(found)), strict=False):
-        x = left + 200 * place
-        parts.append(f'<circle cx="{x}" cy="18" r="5" fill="{colour}"/><text x="{x + 10}" y="22">{task}</text>')
-        for row in rows:
-            x, y = left + width * along.percent(row["dice"]) / 100, top + high * (names.index(row["family"]) + 0.5)
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.85"/>')
-    return "\n".join([*parts, "</svg>", ""])
+    figure = Figure(figsize=(7, 0.3 * len(names) + 1), layout="constrained")
+    axes = figure.add_subplot()
+    for task, rows in found.items():
+        places = [names.index(row["family"]) for row in rows]
+        axes.plot([row["dice"] for row in rows], places, "o", label=task, alpha=0.85)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(color="#ddd", lw=0.6)
+    axes.set_xlabel("mean Dice")
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -135,7 +125,7 @@ def main() -> None:
     text = "\n\n".join(f"{task}, {wanted.minutes:g} minutes:\n\n{table(rows)}" for task, rows in found.items())
     print(text)
     (wanted.work / "README.md").write_text(text + "\n")
-    (wanted.work / "dice.svg").write_text(plot(found))
+    plot(found, wanted.work / "dice.svg")
 
 
 if __name__ == "__main__":

@@ -13,26 +13,56 @@ from medseg.cli.common import FOLDER, RunFolder
 if TYPE_CHECKING:
     from medseg.dataset.task import Task
     from medseg.plan.plan import Plan
-    from medseg.report.page import Curve, Decision, Overlay, Scored
+    from medseg.report.page import Curve, Decision, Flagged, Kind, Overlay, RunPage
+    from medseg.report.tables import Scored
+
+
+# Of the cases that a model wants looked at, the page shows so many of a configuration.
+_FLAGGED = 6
 
 
 @click.command()
-@click.argument("run", type=FOLDER)
-@click.option("-o", "--output", type=FOLDER, help="The page.  [default: RUN/report.html]")
-def report(run: Path, output: Path | None) -> None:
-    """Draw one HTML page of RUN: scores, distributions, learning curves, cases.
+@click.argument("runs", nargs=-1, required=True, type=FOLDER, metavar="RUN...")
+@click.option("-o", "--output", type=FOLDER, help="The page.  [default: RUN/report.html; of several runs: report.html]")
+@click.option("--pdf", is_flag=True, help="Also write a summary of a few pages.")
+def report(runs: tuple[Path, ...], output: Path | None, pdf: bool) -> None:
+    """Draw one HTML page of RUN: scores, distributions, learning curves, cases; of several runs one over all tasks.
 
-    A Markdown table is written beside it.
+    Beside it stand the same numbers as report.json, metrics.csv and report.md (a table for a paper). The page opens
+    from disk and loads nothing.
     """
-    from medseg.core.provenance import versions
-    from medseg.io.files import write_text
-    from medseg.report.page import RunPage, to_markdown
+    if len(runs) > 1:
+        _over_all(runs, output or Path("report.html"))
+        return
+    from medseg.io.files import write_bytes, write_json, write_text
     from medseg.report.page import report as draw
+    from medseg.report.tables import to_csv, to_json, to_markdown
 
-    folder = RunFolder(run)
+    page, about = _page(RunFolder(runs[0]))
+    path = output or runs[0] / "report.html"
+    write_text(path, draw(page))
+    write_text(path.with_suffix(".md"), to_markdown(page.scored))
+    write_text(path.with_name("metrics.csv"), to_csv(page.scored))
+    write_json(path.with_suffix(".json"), to_json(page.scored, about))
+    if pdf:
+        from medseg.report.summary import summary
+
+        write_bytes(path.with_suffix(".pdf"), summary(page))
+    click.echo(path)
+
+
+def _page(folder: RunFolder) -> tuple[RunPage, dict[str, Any]]:
+    """All that the page of a run shows, and what a program reads of it."""
+    from dataclasses import asdict
+
+    from medseg.report.page import RunPage
+    from medseg.report.published import published
+
     task, plan = folder.task(), folder.plan()
     folds = folder.folds(task)
     scored, curves = tuple(_scored(folder, plan)), tuple(_curves(folder, plan))
+    flagged = tuple(_flagged(folder, scored))
+    done = {one.configuration: {s.fold for s in scored if s.configuration == one.configuration} for one in scored}
     page = RunPage(
         title=task.title,
         task=task.name,
@@ -42,15 +72,75 @@ def report(run: Path, output: Path | None) -> None:
         decisions=(*_chosen(folder), *_decisions(plan)),
         scored=scored,
         curves=curves,
-        overlays=tuple(_overlays(folder, task, scored)),
-        provenance={"plan": plan.digest()[:16], "licence of the data": task.licence or "not stated", **versions()},
+        overlays=tuple(_overlays(folder, task, scored, flagged)),
+        flagged=flagged,
+        published=published(
+            task.name,
+            cases=len(task.cases),
+            all_folds=len(folds) == 5 and any(len(those) == 5 for those in done.values()),
+            by_subject=len({case.subject for case in task.cases}) < len(task.cases),
+        ),
+        provenance=_provenance(folder, task, plan, scored),
         commands=tuple(_commands(folder, scored)),
         warnings=tuple(_warnings(scored, len(task.cases))),
     )
-    path = output or run / "report.html"
-    write_text(path, draw(page))
-    write_text(path.with_suffix(".md"), to_markdown(scored))
+    shown = {name: getattr(page, name) for name in ("title", "task", "description", "cases", "folds", "provenance")}
+    about = shown | {
+        "commands": list(page.commands),
+        "warnings": list(page.warnings),
+        "decisions": [asdict(one) for one in page.decisions],
+        "flagged": [asdict(one) for one in flagged],
+        "published": [asdict(one) for one in page.published],
+    }
+    return page, about
+
+
+def _over_all(runs: tuple[Path, ...], path: Path) -> None:
+    """One page over several runs, which links to theirs."""
+    import os
+
+    from medseg.io.files import write_text
+    from medseg.report.overview import Run, overview
+
+    told = []
+    for run in runs:
+        page, _ = _page(RunFolder(run))
+        theirs = run / "report.html"
+        link = Path(os.path.relpath(theirs, path.parent)).as_posix() if theirs.exists() else None
+        told.append(Run(page, link))
+    write_text(path, overview(told))
     click.echo(path)
+
+
+def _provenance(folder: RunFolder, task: Task, plan: Plan, scored: tuple[Scored, ...]) -> dict[str, str]:
+    """Versions, seeds, hashes of data and models, hardware, time and memory, in words."""
+    from medseg.core.provenance import versions
+    from medseg.models.package import INDEX, load_package
+
+    told = {"data (SHA-256 of what was measured)": folder.fingerprint().digest()[:16], "plan": plan.digest()[:16]}
+    told["licence of the data"] = task.licence or "not stated"
+    for one in scored:
+        path = folder.fold(one.configuration, one.fold) / "model"
+        if not (path / INDEX).exists():
+            continue
+        package = load_package(path)
+        made = package.provenance
+        machine = made.get("machine", {})
+        parts = [
+            f"model {package.digest()[:16]}",
+            f"seed {made.get('seed')}",
+            f"{made.get('steps')} steps",
+            f"{float(made.get('seconds', 0)) / 60:.1f} min",
+            *([f"{made['peak_memory_bytes'] / 2**30:.2f} GiB"] if "peak_memory_bytes" in made else []),
+            f"{made.get('device')}, {made.get('threads') or 'all'} threads",
+            *(
+                [f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB"]
+                if machine
+                else []
+            ),
+        ]
+        told[f"{one.configuration}, fold {one.fold}"] = "; ".join(parts)
+    return told | {f"version of {name}": number for name, number in versions().items()}
 
 
 def _folds(folder: RunFolder, plan: Plan, name: str) -> Iterator[tuple[str, int, Any]]:
@@ -63,11 +153,37 @@ def _folds(folder: RunFolder, plan: Plan, name: str) -> Iterator[tuple[str, int,
 
 
 def _scored(folder: RunFolder, plan: Plan) -> Iterator[Scored]:
+    from medseg.evaluate import calibration
     from medseg.evaluate.score import from_json
-    from medseg.report.page import Scored
+    from medseg.io.files import read_json
+    from medseg.report.tables import Scored
 
     for configuration, fold, document in _folds(folder, plan, "metrics.json"):
-        yield Scored(configuration, fold, tuple(from_json(document)))
+        known = folder.fold(configuration, fold) / "calibration.json"
+        reliable, predicted = calibration.from_json(read_json(known)) if known.exists() else ([], {})
+        yield Scored(configuration, fold, tuple(from_json(document)), predicted, tuple(reliable))
+
+
+def _predictions(folder: RunFolder, one: Scored) -> dict[str, Path]:
+    """The label maps of a fold, as far as they are still there."""
+    from medseg.io.sidecar import INDEX, read_index
+
+    place = folder.fold(one.configuration, one.fold) / "predictions"
+    return read_index(place) if (place / INDEX).exists() else {}
+
+
+def _flagged(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[Flagged]:
+    """The cases that the models want looked at, the worst first."""
+    from medseg.io.sidecar import flags_in
+    from medseg.report.page import Flagged, case_dice
+
+    found = []
+    for one in scored:
+        dice = case_dice(one.rows)
+        for case, path in _predictions(folder, one).items():
+            if why := flags_in(path):
+                found.append((dice.get(case, 2.0), Flagged(one.configuration, case, why)))
+    yield from (flagged for _, flagged in sorted(found, key=lambda pair: (pair[0], pair[1].case)))
 
 
 def _curves(folder: RunFolder, plan: Plan) -> Iterator[Curve]:
@@ -77,20 +193,25 @@ def _curves(folder: RunFolder, plan: Plan) -> Iterator[Curve]:
         yield Curve(configuration, fold, tuple(document["records"]))
 
 
-def _overlays(folder: RunFolder, task: Task, scored: tuple[Scored, ...]) -> Iterator[Overlay]:
-    """Best, median and worst case of each configuration, read anew from their files."""
+def _overlays(
+    folder: RunFolder, task: Task, scored: tuple[Scored, ...], flagged: tuple[Flagged, ...]
+) -> Iterator[Overlay]:
+    """Best, median and worst case of each configuration, and those that are flagged, read anew from their files."""
     from medseg.dataset.task import load_case
-    from medseg.io.sidecar import read_index, read_prediction
+    from medseg.io.sidecar import read_prediction
     from medseg.report.page import Overlay, case_dice, pick_cases
 
     for configuration in dict.fromkeys(one.configuration for one in scored):
         mine = [one for one in scored if one.configuration == configuration]
         rows = [row for one in mine for row in one.rows]
-        fold_of = {row.case: one.fold for one in mine for row in one.rows}
-        for kind, case in pick_cases(rows).items():
+        index = {case: path for one in mine for case, path in _predictions(folder, one).items()}
+        dice, why = case_dice(rows), {one.case: one.why for one in flagged if one.configuration == configuration}
+        chosen: dict[str, Kind] = dict.fromkeys(list(why)[:_FLAGGED], "flagged")
+        chosen |= {case: kind for kind, case in pick_cases(rows).items()}
+        for case, kind in chosen.items():
+            if case not in index:
+                continue
             volume, reference = load_case(task, task.case(case))
-            index = read_index(folder.fold(configuration, fold_of[case]) / "predictions")
-            prediction = read_prediction(index[case], task.labels, case)
             yield Overlay(
                 case=case,
                 configuration=configuration,
@@ -98,8 +219,9 @@ def _overlays(folder: RunFolder, task: Task, scored: tuple[Scored, ...]) -> Iter
                 image=volume.values[0],
                 grid=volume.grid,
                 reference=reference,
-                prediction=prediction,
-                dice=case_dice(rows)[case],
+                prediction=read_prediction(index[case], task.labels, case),
+                dice=dice.get(case),
+                why=why.get(case, ()),
             )
 
 

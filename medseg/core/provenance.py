@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 import medseg
 
@@ -24,9 +29,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, str]:
-    """Kind of machine, without its name or its user's."""
-    return {"system": platform.system(), "processor": platform.machine()}
+def machine() -> dict[str, str | int]:
+    """Kind of machine, without its name or its user's: system, processor, cores that this process may use and
+    memory in GiB."""
+    return {
+        "system": platform.system(),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+    }
+
+
+def processor_name() -> str:
+    """What the processor is called, where Linux says."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.machine()
 
 
 def digest(value: Any) -> str:

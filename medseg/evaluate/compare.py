@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from medseg.core.errors import InputError
 from medseg.core.words import count
 from medseg.evaluate.score import BOTH_EMPTY, DISTANCES, OVERLAPS, CaseMetrics
-from medseg.evaluate.statistics import RESAMPLES, bootstrap, drawn_means, mean_over_labels, table
+from medseg.evaluate.statistics import RESAMPLES, bootstrap, drawn_means, draws, mean_over_labels, table
 from medseg.models.evaluation import Figure
 
 Float64 = NDArray[np.float64]
@@ -177,8 +177,7 @@ def rank(
     sign = -1 if field in OVERLAPS else 1
     means = np.array([mean_over_labels(one) for one in values])
     names, owner = np.unique(subjects, return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    weights = draws[:, owner].astype(np.float64)
+    weights = draws(len(names), resamples, seed)[:, owner]
     drawn = np.stack([drawn_means(one, weights) for one in values], axis=1)
     ranks, ranked = rankdata(sign * means), rankdata(sign * drawn, axis=1)
     cells = values.reshape(len(rows), -1)

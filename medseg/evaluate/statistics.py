@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +51,42 @@ def bootstrap(
     names, owner = np.unique(np.asarray(subjects)[counted], return_inverse=True)
     if len(names) < FEW_SUBJECTS:
         return Figure(mean=mean)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    drawn = drawn_means(values[counted], draws[:, owner].astype(np.float64))
+    drawn = drawn_means(values[counted], draws(len(names), resamples, seed)[:, owner])
     tail = ndtr(-np.sqrt(len(names) / (len(names) - 1)) * stdtrit(len(names) - 1, (1 + level) / 2))
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Figure(mean=mean, low=float(low), high=float(high))
+
+
+@lru_cache(maxsize=4)
+def draws(subjects: int, resamples: int = RESAMPLES, seed: int = 0) -> Float64:
+    """How often each of so many subjects is drawn (draws, subjects), with replacement. Not to be written to."""
+    drawn = np.random.default_rng(seed).multinomial(subjects, np.full(subjects, 1 / subjects), size=resamples)
+    return drawn.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far measured volumes lie from the true ones, in their unit: of ``cases`` the mean difference (``bias``,
+    measured less true), and the limits between which 95 % of the differences lie if they are normal (Bland & Altman,
+    Lancet 1986). ``correlation`` is Lin's concordance (Biometrics 1989), 1 where all are equal, None where nothing
+    varies."""
+
+    cases: int
+    bias: float
+    low: float
+    high: float
+    correlation: float | None
+
+
+def agreement(true: Float64, measured: Float64) -> Agreement | None:
+    """Of volumes (cases,) in any unit; None for fewer than two cases."""
+    if len(true) < 2:
+        return None
+    steps = measured - true
+    bias, spread = float(steps.mean()), float(steps.std(ddof=1))
+    apart = true.var() + measured.var() + bias**2
+    both = float(2 * ((true - true.mean()) * (measured - measured.mean())).mean() / apart) if apart else None
+    return Agreement(len(true), bias, bias - 1.96 * spread, bias + 1.96 * spread, both)
 
 
 def drawn_means(values: Float64, weights: Float64) -> Float64:

@@ -5,6 +5,7 @@ The header is read by nibabel; nothing is allocated before its dimensions agree 
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections.abc import Iterator
@@ -170,6 +171,14 @@ def write_labels(path: Path, label_map: LabelMap) -> None:
 def write_volume(path: Path, volume: Volume) -> None:
     """Write intensities, channels last as NIfTI has them. Otherwise as `write_labels`."""
     _write(path, volume.values, volume.grid)
+
+
+def packed(volume: Volume) -> bytes:
+    """Intensities as the bytes of a compressed NIfTI file."""
+    file = io.BytesIO()
+    with igzip.IGzipFile("", "wb", 3, file, mtime=0) as stream:
+        _write_to(stream, _header_of(volume.values, volume.grid, 1.0), volume.values)
+    return file.getvalue()
 
 
 def write_shares(path: Path, values: NDArray[np.floating], grid: Grid) -> None:

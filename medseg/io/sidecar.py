@@ -51,6 +51,14 @@ def expected_in(path: Path, labels: LabelSet) -> dict[int, float]:
     return {n: float(value) for n in labels.numbers if isinstance(value := dice.get(n), float | int)}
 
 
+def flags_in(path: Path) -> tuple[str, ...]:
+    """Why a prediction is to be looked at, as its sidecar tells; nothing where it need not."""
+    record = _read_or_none(sidecar_of(path))
+    flags = record.get("flags") if isinstance(record, dict) else None
+    known = [one for one in flags if isinstance(one, dict)] if isinstance(flags, list) else []
+    return tuple(str(one.get("reason", "")) for one in known if one.get("review"))
+
+
 def by_name(folder: Path) -> dict[str, Path]:
     """The label maps of a folder that has no index, by their names without suffix and ``_seg``.
 

@@ -1,8 +1,7 @@
-"""Numbers and label maps as pictures: strips of points, curves, and planes through a scan.
+"""Label maps as pictures: planes through a scan, and what of it a viewer needs.
 
-A picture is described here and drawn as SVG by the template: positions come in percent of the
-drawing, so that it stretches with the page, takes the page's colours and prints sharply. Only the
-grey values of a scan become an image (PNG); what is outlined on it stays a path.
+A plane is described here and drawn as SVG by the template. Only the grey values of a scan become an image (PNG); what
+is outlined on it stays a path, so that it prints sharply.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,88 +22,10 @@ from medseg.core.look import seen
 from medseg.core.resample import resample
 from medseg.core.volume import LabelMap, Volume
 
-# A strip as wide as on a common screen (px), on which points of this radius must not overlap.
-_STRIP_WIDTH, _RADIUS = 640, 3.5
-_LANES = (0.0, 5.0, -5.0, 10.0, -10.0)
 _CURVE_POINTS = 300
 # What surrounds the organs in a picture, in mm: enough to know the place.
 _MARGIN_MM = 30.0
 _VIEWS = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A range of values and the round numbers written along it."""
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-
-    def percent(self, value: float) -> float:
-        """Where a value lies between low (0) and high (100); what lies beyond stays at the end."""
-        return round(min(max(100 * (value - self.low) / (self.high - self.low), 0.0), 100.0), 2)
-
-
-def axis(values: Iterable[float], *, low: float | None = None, high: float | None = None, count: int = 5) -> Axis:
-    """An axis of about ``count`` round steps (1, 2 or 5 times a power of ten) that holds all
-    ``values``; ``low`` and ``high`` widen it, and are kept where they are round."""
-    known = [v for v in (*values, low, high) if v is not None and math.isfinite(v)] or [0.0, 1.0]
-    first, last = min(known), max(known)
-    if last - first < 1e-9 * max(abs(first), abs(last), 1e-9):
-        last = first + (abs(first) or 1.0)
-    rough = (last - first) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    start, stop = math.floor(first / step + 1e-9), math.ceil(last / step - 1e-9)
-    ticks = tuple(float(f"{n * step:.10g}") for n in range(start, stop + 1))
-    return Axis(ticks[0], ticks[-1], ticks)
-
-
-@dataclass(frozen=True)
-class Dot:
-    """One point: ``x`` in percent of the axis, ``y`` in px from the middle, and what it stands for."""
-
-    x: float
-    y: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Every value as a point over a box (quartiles, median) with whiskers, all in percent.
-
-    The whiskers reach to the outermost value within 1.5 box lengths of the box (Tukey 1977).
-    """
-
-    dots: tuple[Dot, ...]
-    whisker_low: float
-    quartile_low: float
-    median: float
-    quartile_high: float
-    whisker_high: float
-
-
-def strip(values: Sequence[tuple[str, float]], along: Axis) -> Strip | None:
-    """The strip of (text, value) pairs on an axis; None where there is no value.
-
-    Points are moved sideways until they no longer cover each other, as far as there is room. The
-    same values always give the same places.
-    """
-    if not values:
-        return None
-    numbers = np.array([v for _, v in values])
-    q1, median, q3 = (float(q) for q in np.percentile(numbers, (25, 50, 75)))
-    reach = 1.5 * (q3 - q1)
-    inner = numbers[(numbers >= q1 - reach) & (numbers <= q3 + reach)]
-    dots, taken = [], [-math.inf] * len(_LANES)
-    for text, value in sorted(values, key=lambda pair: (pair[1], pair[0])):
-        x = along.percent(value)
-        left = x / 100 * _STRIP_WIDTH
-        lane = next((n for n, last in enumerate(taken) if left - last >= 2 * _RADIUS), int(np.argmin(taken)))
-        taken[lane] = left
-        dots.append(Dot(x, _LANES[lane], text))
-    ends = (float(inner.min()), q1, median, q3, float(inner.max()))
-    return Strip(tuple(dots), *(along.percent(v) for v in ends))
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = _CURVE_POINTS) -> list[tuple[float, float]]:
@@ -112,11 +33,6 @@ def thinned(points: Sequence[tuple[float, float]], most: int = _CURVE_POINTS) ->
     finite = np.array([p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]).reshape(-1, 2)
     groups = np.array_split(finite, min(most, max(len(finite), 1)))
     return [(float(g[:, 0].mean()), float(g[:, 1].mean())) for g in groups if len(g)]
-
-
-def line(points: Sequence[tuple[float, float]], across: Axis, up: Axis) -> str:
-    """SVG path of a curve through points (x, y), in percent from the upper left corner."""
-    return "M" + "L".join(f"{across.percent(x):g} {round(100 - up.percent(y), 2):g}" for x, y in points)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +59,47 @@ class Plane:
         return self.grey.shape[0] * self.pixel_mm[0], self.grey.shape[1] * self.pixel_mm[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """What is to be seen of a scan: grey values (X, Y, Z) uint8 and both label maps' numbers, on an upright ``grid``
+    (R, A, S) that holds the labelled region and 30 mm around it."""
+
+    grid: Grid
+    grey: NDArray[np.uint8]
+    reference: NDArray[Any]
+    prediction: NDArray[Any]
+
+    def of(self, voxels: int) -> Crop:
+        """Every few voxels of it, so that no more than so many are left; the finest axis is given up first. Grey is the
+        mean around each."""
+        from scipy.ndimage import uniform_filter
+
+        steps, size = np.ones(3, dtype=int), np.array(self.grid.shape)
+        while np.prod(-(-size // steps)) > voxels:
+            steps[np.argmin(np.array(self.grid.spacing) * steps)] += 1
+        if (steps == 1).all():
+            return self
+        first = (np.minimum(steps, size) - 1) // 2
+        every = tuple(slice(int(a), None, int(n)) for a, n in zip(first, steps, strict=True))
+        affine = self.grid.affine.copy()
+        affine[:3, 3] = self.grid.to_world(first)
+        affine[:3, :3] = affine[:3, :3] * steps
+        grey = uniform_filter(self.grey, steps, mode="nearest")[every]
+        return Crop(Grid(grey.shape, affine), grey, self.reference[every], self.prediction[every])
+
+
+def cropped(image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: LabelMap) -> Crop:
+    """What is to be seen of ``image`` (X, Y, Z). Raises InputError where the label maps do not lie on its grid."""
+    for which, labels in (("reference", reference), ("prediction", prediction)):
+        if not labels.grid.matches(grid):
+            raise InputError(f"the {which} does not lie on the image's grid", "Give maps on the scan's own grid")
+    upright = grid.reoriented()
+    window = _around(resample(reference, upright), resample(prediction, upright), upright)
+    truth, guess = resample(reference, window).values, resample(prediction, window).values
+    values = resample(Volume(image[None], grid), window).values[0]
+    return Crop(window, _grey(values, truth), truth, guess)
+
+
 def planes(image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: LabelMap) -> tuple[Plane, Plane, Plane]:
     """The axial, coronal and sagittal plane of ``image`` (X, Y, Z) that show most of the organs.
 
@@ -153,14 +110,8 @@ def planes(image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: Lab
 
     Raises InputError where the label maps do not lie on the image's grid.
     """
-    for which, labels in (("reference", reference), ("prediction", prediction)):
-        if not labels.grid.matches(grid):
-            raise InputError(f"the {which} does not lie on the image's grid", "Give maps on the scan's own grid")
-    upright = grid.reoriented()
-    window = _around(resample(reference, upright), resample(prediction, upright), upright)
-    truth, guess = resample(reference, window).values, resample(prediction, window).values
-    values = resample(Volume(image[None], grid), window).values[0]
-    grey = _grey(values, truth)
+    seen_there = cropped(image, grid, reference, prediction)
+    window, grey, truth, guess = seen_there.grid, seen_there.grey, seen_there.reference, seen_there.prediction
     shown = []
     for name, normal, letters in _VIEWS:
         at = _fullest(truth if truth.any() else guess, normal)

@@ -1,15 +1,19 @@
 """One page per run: how well, how that is spread, how it was learned, what it looks like, and why.
 
-Values in, one HTML text out. The page opens from disk, loads nothing, and works without scripts.
+Values in, one HTML text out. The page opens from disk and loads nothing. Without scripts it shows the summary, the
+organs, the pictures and the plan; plots, the table of cases and the viewer are drawn by page.js.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.resources import files
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,33 +22,39 @@ from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
-from medseg.core.look import COLOURS
-from medseg.core.volume import LabelMap
-from medseg.evaluate.score import CaseMetrics, LabelSummary, summarise
+from medseg.core.look import COLOURS, colour
+from medseg.core.volume import LabelMap, Volume
+from medseg.evaluate.score import NOTHING, CaseMetrics, summarise
+from medseg.evaluate.statistics import agreement, intervals
+from medseg.io.nifti import packed
+from medseg.models.evaluation import Figure
 from medseg.report import figures
+from medseg.report.tables import (
+    CASE_COLUMNS,
+    DRAWN,
+    ORGAN_COLUMNS,
+    Scored,
+    by_configuration,
+    interval,
+    mean_sd,
+    text_of,
+)
 
 if TYPE_CHECKING:
     import jinja2
 
-Kind = Literal["best", "median", "worst"]
+Sure = Mapping[tuple[int | None, str], Figure]
+Kind = Literal["best", "median", "worst", "flagged"]
 
 # Pictures may fill this much of a page of 10 MB; where they are more, they lose resolution.
 _PICTURE_BYTES = 5_000_000
 _SIDES = (512, 256, 128, 64)
-# Beyond these, a page gets too heavy for a browser: the points lose their labels, and the table of
-# cases keeps the worst rows.
-_LABELLED_POINTS = 6000
-_TABLE_ROWS = 10_000
+# Scans for the viewer may fill this much, and lose resolution likewise: so many voxels each.
+_SCAN_BYTES = 3_000_000
+_VOXELS = (4_000_000, 1_500_000, 600_000, 250_000, 100_000, 40_000)
+# A page keeps so many rows of cases, the worst ones.
+_ROWS = 60_000
 _COLOURS = len(COLOURS)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What one fold of a configuration reached: a row per case and label."""
-
-    configuration: str
-    fold: int
-    rows: tuple[CaseMetrics, ...]
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,8 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Overlay:
-    """A case to look at: one channel (X, Y, Z) on its grid, both label maps on the same grid, and
-    its mean Dice."""
+    """A case to look at: one channel (X, Y, Z) on its grid, both label maps on the same grid, its mean Dice (None where
+    it has none), and why it is to be looked at."""
 
     case: str
     configuration: str
@@ -79,7 +89,30 @@ class Overlay:
     grid: Grid
     reference: LabelMap
     prediction: LabelMap
-    dice: float
+    dice: float | None
+    why: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """A case that the model wants looked at, and why."""
+
+    configuration: str
+    case: str
+    why: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What others report of the task: mean Dice of its labels in order, or of all together. ``alike`` says that the
+    protocol is this run's."""
+
+    system: str
+    protocol: str
+    source: str
+    dice: tuple[float, ...]
+    mean: float
+    alike: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,41 +132,11 @@ class RunPage:
     scored: tuple[Scored, ...] = ()
     curves: tuple[Curve, ...] = ()
     overlays: tuple[Overlay, ...] = ()
+    flagged: tuple[Flagged, ...] = ()
+    published: tuple[Published, ...] = ()
     provenance: Mapping[str, str] | None = None
     commands: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of numbers: the field they are in, what stands above them, and how many decimals."""
-
-    field: str
-    heading: str
-    unit: str
-    digits: int
-
-    def of(self, row: CaseMetrics | LabelSummary) -> str:
-        """The field of a row as text."""
-        return _text(getattr(row, self.field), self.digits)
-
-
-CASE_COLUMNS = (
-    Column("dice", "Dice", "", 3),
-    Column("iou", "IoU", "", 3),
-    Column("hd95_mm", "HD95", "mm", 1),
-    Column("assd_mm", "ASSD", "mm", 2),
-    Column("nsd", "NSD", "", 3),
-    Column("volume_error_percent", "Volume error", "%", 1),
-)
-ORGAN_COLUMNS = (
-    Column("dice_median", "Dice", "median", 3),
-    Column("iou_mean", "IoU", "mean", 3),
-    Column("hd95_mean_mm", "HD95", "mean, mm", 1),
-    Column("assd_mean_mm", "ASSD", "mean, mm", 2),
-    Column("nsd_mean", "NSD", "mean", 3),
-    Column("volume_error_percent_median", "Volume error", "median, %", 1),
-)
 
 
 def case_dice(rows: Iterable[CaseMetrics]) -> dict[str, float]:
@@ -160,60 +163,55 @@ def pick_cases(rows: Iterable[CaseMetrics]) -> dict[Kind, str]:
     return {kind: ranked[place] for kind, place in places if kind in kinds}
 
 
-def to_markdown(scored: Iterable[Scored]) -> str:
-    """A Markdown table for a paper or a README: a row per configuration and organ over the cases of
-    all folds, and one for the mean over organs.
-
-    Raises InputError where a configuration scored a case twice.
-    """
-    head = ["Configuration", "Organ", "n", "Dice (mean ± sd)", *(f"{c.heading} ({c.unit})" for c in ORGAN_COLUMNS)]
-    lines = [_piped([*head, "Missed"]), _piped(["---", "---", *["---:"] * (len(head) - 1)])]
-    for configuration, rows in _by_configuration(scored).items():
-        for one in summarise(rows):
-            name = one.name if one.label is not None else "**mean over organs**"
-            cells = [str(one.cases), _mean_sd(one), *(c.of(one) for c in ORGAN_COLUMNS), str(one.missed)]
-            lines.append(_piped([configuration, name, *cells]))
-    return "\n".join(lines) + "\n"
-
-
 def report(run: RunPage) -> str:
     """The page of a run as one HTML text. The same run gives the same text.
 
     Raises InputError where a configuration scored a case twice, and where the label maps of an
     overlay do not lie on its grid.
     """
-    groups = _by_configuration(run.scored)
+    groups = by_configuration(run.scored)
     colours = {name: n % _COLOURS for n, name in enumerate(_configurations(run))}
+    sure = {name: intervals(rows, ("dice",)) for name, rows in groups.items()}
+    data, scans = _data(run, groups, colours), _scans(run.overlays)
     context = {
         "run": run,
         "case_columns": CASE_COLUMNS,
         "organ_columns": ORGAN_COLUMNS,
-        "mean_sd": _mean_sd,
+        "mean_sd": mean_sd,
+        "text": text_of,
         "colours": colours,
         "structure_colours": COLOURS,
-        "headline": _headline(run, groups),
-        "cards": [_card(name, rows) for name, rows in groups.items()],
-        "organs": [_organ_table(name, rows) for name, rows in groups.items()],
+        "headline": headline(run),
+        "cards": [_card(name, rows, sure[name]) for name, rows in groups.items()],
+        "organs": [_organ_table(name, rows, sure[name]) for name, rows in groups.items()],
         "scored_folds": {name: len({s.fold for s in run.scored if s.configuration == name}) for name in groups},
         "folds": _fold_table(run.scored),
-        "strips": _strips(groups),
-        "curves": _curves(run.curves, colours),
+        "rows": len(data["rows"]),
+        "rows_in_all": sum(len(s.rows) for s in run.scored),
+        "standing": [_standing(c) for c in sorted(run.curves, key=lambda c: (c.configuration, c.fold)) if c.records],
+        "predicted": any(s.predicted for s in run.scored),
+        "reliable": data["reliable"],
+        "agreement": data["agreement"],
         "pictures": _pictures(run.overlays),
-        "cases": _case_table(run.scored),
+        "data": embedded(data),
+        "scans": embedded(scans),
+        "script": resource("tables.js") + resource("page.js"),
+        "plots": resource("vendor/echarts.min.js") if data["rows"] or data["curves"] else "",
+        "viewer": resource("vendor/niivue.umd.js") if scans else "",
         "decisions": _decisions(run.decisions),
     }
-    return _template().render(context)
+    return environment().get_template("page.html.j2").render(context)
 
 
 @cache
-def _template() -> jinja2.Template:
+def environment() -> jinja2.Environment:
+    """Where the pages' templates are; what they are given is escaped."""
     import jinja2
 
     loader = jinja2.PackageLoader("medseg.report", package_path="")
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return environment.get_template("page.html.j2")
 
 
 # ---- grouping
@@ -221,14 +219,6 @@ def _template() -> jinja2.Template:
 
 def _configurations(run: RunPage) -> list[str]:
     return sorted({x.configuration for group in (run.scored, run.curves, run.overlays) for x in group})
-
-
-def _by_configuration(scored: Iterable[Scored]) -> dict[str, list[CaseMetrics]]:
-    groups: dict[str, list[CaseMetrics]] = defaultdict(list)
-    for one in sorted(scored, key=lambda s: (s.configuration, s.fold)):
-        if one.rows:
-            groups[one.configuration].extend(one.rows)
-    return dict(groups)
 
 
 def _mean_dice(rows: Iterable[CaseMetrics]) -> float | None:
@@ -239,7 +229,9 @@ def _mean_dice(rows: Iterable[CaseMetrics]) -> float | None:
 # ---- what the page says
 
 
-def _headline(run: RunPage, groups: Mapping[str, Sequence[CaseMetrics]]) -> str:
+def headline(run: RunPage) -> str:
+    """What came of a run, in a sentence or two."""
+    groups = by_configuration(run.scored)
     if not groups:
         trained = "training has begun" if any(c.records for c in run.curves) else "no training has been logged"
         return f"This run is not finished: {trained}, and no case has been scored yet."
@@ -256,7 +248,7 @@ def _headline(run: RunPage, groups: Mapping[str, Sequence[CaseMetrics]]) -> str:
     )
     worst = next(iter(cases))
     named = f"Configuration {ranked[0]} reaches" if len(groups) > 1 else "The predictions reach"
-    others = ", ".join(f"{name} {_text(_mean_dice(groups[name]), 2)}" for name in ranked[1:])
+    others = ", ".join(f"{name} {text_of(_mean_dice(groups[name]), 2)}" for name in ranked[1:])
     return (
         f"{named} a mean Dice of {dice:.2f}{others and f' ({others})'} on {_count(len(cases), 'case')} "
         f"(1 is perfect agreement); {verdict}, and {worst} is the worst case with {cases[worst]:.2f}."
@@ -269,25 +261,26 @@ def _missed(rows: Iterable[CaseMetrics]) -> tuple[int, int]:
     return states.count("missed"), sum(state in ("ok", "missed") for state in states)
 
 
-def _card(configuration: str, rows: Sequence[CaseMetrics]) -> dict[str, Any]:
+def _card(configuration: str, rows: Sequence[CaseMetrics], sure: Sure) -> dict[str, Any]:
     cases = case_dice(rows)
     missed, present = _missed(rows)
-    dice = _mean_dice(rows)
+    dice = sure.get((None, "dice"))
     return {
         "configuration": configuration,
-        "dice": _text(dice, 3),
-        "percent": round(100 * (dice or 0.0), 1),
+        "dice": text_of(dice.mean if dice else None, 3),
+        "interval": interval(dice),
+        "percent": round(100 * (dice.mean if dice else 0.0), 1),
         "cases": len(cases),
         "worst": next(iter(cases), None),
-        "worst_dice": _text(next(iter(cases.values()), None), 3),
-        "median": _text(median(cases.values()) if cases else None, 3),
+        "worst_dice": text_of(next(iter(cases.values()), None), 3),
+        "median": text_of(median(cases.values()) if cases else None, 3),
         "missed": missed,
         "present": present,
         "invented": sum(row.status == "invented" for row in rows),
     }
 
 
-def _organ_table(configuration: str, rows: Sequence[CaseMetrics]) -> dict[str, Any]:
+def _organ_table(configuration: str, rows: Sequence[CaseMetrics], sure: Sure) -> dict[str, Any]:
     tolerances = {row.label: f"{row.tolerance_mm:g} mm" for row in rows}
     *organs, overall = summarise(rows)
     return {
@@ -295,6 +288,7 @@ def _organ_table(configuration: str, rows: Sequence[CaseMetrics]) -> dict[str, A
         # One tolerance for all stands in the heading, different ones beside each organ.
         "tolerance": next(iter(tolerances.values())) if len(set(tolerances.values())) == 1 else "",
         "tolerances": tolerances,
+        "sure": {label: interval(one) for (label, _), one in sure.items()},
         "organs": organs,
         "overall": overall,
     }
@@ -309,7 +303,7 @@ def _fold_table(scored: Sequence[Scored]) -> list[dict[str, Any]]:
             "configuration": s.configuration,
             "fold": s.fold,
             "cases": len(case_dice(s.rows)),
-            "dice": _text(_mean_dice(s.rows), 3),
+            "dice": text_of(_mean_dice(s.rows), 3),
             "missed": _missed(s.rows)[0],
         }
         for s in sorted(scored, key=lambda s: (s.configuration, s.fold))
@@ -317,73 +311,119 @@ def _fold_table(scored: Sequence[Scored]) -> list[dict[str, Any]]:
     ]
 
 
-def _strips(groups: Mapping[str, Sequence[CaseMetrics]]) -> list[dict[str, Any]]:
-    """For Dice and for HD95: a strip per organ and configuration on one common axis.
+def _data(run: RunPage, groups: Mapping[str, Sequence[CaseMetrics]], colours: Mapping[str, int]) -> dict[str, Any]:
+    """All that page.js draws, in the shortest form: names stand once, rows refer to them by their place."""
+    rows = [(s, row) for s in sorted(run.scored, key=lambda s: (s.configuration, s.fold)) for row in s.rows]
+    if len(rows) > _ROWS:
+        kept = sorted(rows, key=lambda pair: 2.0 if pair[1].dice is None else pair[1].dice)[:_ROWS]
+        rows = sorted(kept, key=lambda pair: (pair[0].configuration, pair[0].fold))
+    organs = list(dict(sorted({row.label: row.name for _, row in rows}.items())).values())
+    looked = {one.case for one in run.overlays} | {one.case for one in run.flagged}
+    cases = sorted({row.case for _, row in rows} | looked)
+    names = list(colours)
+    place = {what: {name: i for i, name in enumerate(known)} for what, known in (("organ", organs), ("case", cases))}
+    return {
+        "organs": organs,
+        "cases": cases,
+        "configurations": names,
+        "columns": [{"heading": c.heading, "unit": c.unit, "digits": c.digits, "field": c.field} for c in CASE_COLUMNS],
+        "drawn": [field for field in DRAWN if any(getattr(row, field) is not None for _, row in rows)],
+        "rows": [
+            [
+                place["case"][row.case],
+                place["organ"][row.name],
+                names.index(one.configuration),
+                one.fold,
+                row.status,
+                row.cut,
+                round(row.reference_mm3 / 1000, 3),
+                round(row.predicted_mm3 / 1000, 3),
+                _rounded(one.predicted.get((row.case, row.label)), 3),
+                *(_rounded(getattr(row, c.field), c.digits + 1) for c in CASE_COLUMNS),
+            ]
+            for one, row in rows
+        ],
+        "curves": [_curve(c) for c in sorted(run.curves, key=lambda c: (c.configuration, c.fold)) if c.records],
+        "reliable": [
+            {"configuration": s.configuration, "fold": s.fold, **asdict(one), "ece": one.ece}
+            for s in run.scored
+            for one in s.reliable
+            if one.ece is not None
+        ],
+        "agreement": _agreements(groups),
+        "flagged": {f"{f.configuration}|{f.case}": list(f.why) for f in run.flagged},
+    }
 
-    A missed or invented organ has the Dice 0. Its distance is a convention, not a measurement: it
-    is left out of the strip and counted beside it.
-    """
-    labelled = sum(map(len, groups.values())) <= _LABELLED_POINTS
-    names = {row.label: row.name for rows in groups.values() for row in rows}
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _agreements(groups: Mapping[str, Sequence[CaseMetrics]]) -> list[dict[str, Any]]:
+    """How far predicted volumes lie from the reference's, organ by organ."""
     found = []
-    for column, low, high in ((CASE_COLUMNS[0], 0.8, 1.0), (CASE_COLUMNS[2], 0.0, None)):
-        measured = {
-            name: [row for row in rows if row.status == "ok" or (column.field == "dice" and row.dice is not None)]
-            for name, rows in groups.items()
-        }
-        every = [getattr(row, column.field) for rows in measured.values() for row in rows]
-        if not every:
-            continue
-        along = figures.axis(every, low=low, high=high)
-        organs = []
-        for label, name in sorted(names.items()):
-            lines = []
-            for configuration, rows in measured.items():
-                organ = [row for row in rows if row.label == label]
-                pairs = [
-                    (f"{r.case}: {column.of(r)} {column.unit}".rstrip() if labelled else "", getattr(r, column.field))
-                    for r in organ
-                ]
-                counted = sum(r.label == label and r.status != "both empty" for r in groups[configuration])
-                middle = _text(median(v for _, v in pairs) if pairs else None, column.digits)
-                lines.append((configuration, figures.strip(pairs, along), middle, counted - len(organ)))
-            organs.append((name, lines))
-        found.append({"column": column, "axis": along, "organs": organs})
+    for configuration, rows in groups.items():
+        for name in dict.fromkeys(row.name for row in rows):
+            volumes = [(r.reference_mm3, r.predicted_mm3) for r in rows if r.name == name and r.status not in NOTHING]
+            limits = agreement(*np.array(volumes).T / 1000) if volumes else None
+            if limits:
+                found.append({"configuration": configuration, "name": name, **asdict(limits)})
     return found
 
 
-def _curves(curves: Sequence[Curve], colours: Mapping[str, int]) -> dict[str, Any]:
-    """Loss and validation Dice against minutes, and where each training stands."""
-    ordered = sorted((c for c in curves if c.records), key=lambda c: (c.configuration, c.fold))
-    panels = []
-    for field, heading, low, high in (("loss", "Training loss", None, None), ("dice", "Validation Dice", None, 1.0)):
-        points = {
-            (c.configuration, c.fold): [
-                line
-                for part in _networks(c.records)
-                if (line := figures.thinned([(r["seconds"] / 60, r[field]) for r in part if r.get(field) is not None]))
-            ]
-            for c in ordered
-        }
-        every = [p for lines in points.values() for line in lines for p in line]
-        if not every:
-            continue
-        across = figures.axis((x for x, _ in every), low=0.0)
-        up = figures.axis((y for _, y in every), low=low, high=high, count=4)
-        lines = [
-            {
-                "configuration": name,
-                "fold": fold,
-                "colour": colours[name],
-                "path": "".join(figures.line(line, across, up) for line in parts),
-                "end": (across.percent(parts[-1][-1][0]), round(100 - up.percent(parts[-1][-1][1]), 2)),
-                "last": f"{parts[-1][-1][1]:.3f}",
-            }
-            for (name, fold), parts in points.items()
-            if parts
+def _curve(curve: Curve) -> dict[str, Any]:
+    """Loss and validation Dice against minutes, a line for each network."""
+    lines: dict[str, list[list[tuple[float, float]]]] = {}
+    for what in ("loss", "dice"):
+        parts = [
+            [(r["seconds"] / 60, r[what]) for r in part if r.get(what) is not None] for part in _networks(curve.records)
         ]
-        panels.append({"heading": heading, "across": across, "up": up, "lines": lines})
-    return {"panels": panels, "lines": [_standing(c) for c in ordered]}
+        thin = [[(round(x, 3), round(y, 4)) for x, y in figures.thinned(part)] for part in parts]
+        lines[what] = [part for part in thin if part]
+    return {"configuration": curve.configuration, "fold": curve.fold, **lines}
+
+
+def _scans(overlays: Sequence[Overlay]) -> dict[str, Any]:
+    """Of each case to look at the scan in grey and both label maps, as NIfTI in base64, as fine as the page allows."""
+    ordered = sorted(overlays, key=lambda o: (o.configuration, o.case))
+    crops = {f"{o.configuration}|{o.case}": (o, _cropped(o)) for o in ordered}
+    scans: dict[str, Any] = {}
+    for voxels in _VOXELS:
+        scans = {key: _scan(one, crop.of(voxels)) for key, (one, crop) in crops.items()}
+        if sum(len(s[what]) for s in scans.values() for what in ("image", "reference", "prediction")) <= _SCAN_BYTES:
+            break
+    return scans
+
+
+def _cropped(overlay: Overlay) -> figures.Crop:
+    try:
+        return figures.cropped(overlay.image, overlay.grid, overlay.reference, overlay.prediction)
+    except InputError as error:
+        raise error.of_case(overlay.case) from error
+
+
+def _scan(overlay: Overlay, crop: figures.Crop) -> dict[str, Any]:
+    values = {"image": crop.grey, "reference": crop.reference, "prediction": crop.prediction}
+    coded = {
+        name: base64.b64encode(packed(Volume(v[None].astype(np.uint8), crop.grid))).decode()
+        for name, v in values.items()
+    }
+    labels = [
+        (label.number, label.name, colour(n)) for n, label in enumerate(overlay.reference.labels) if label.number < 256
+    ]
+    return {"labels": labels, **coded}
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand within a script element: no markup can begin in it."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+@cache
+def resource(name: str) -> str:
+    """A text that is part of this package."""
+    return (files("medseg.report") / name).read_text("utf-8")
 
 
 def _networks(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -406,13 +446,13 @@ def _standing(curve: Curve) -> dict[str, Any]:
         "steps": int(last["steps"]),
         "minutes": f"{last['seconds'] / 60:.1f}",
         "loss": f"{last['loss']:.3f}" if last.get("loss") is not None else "–",
-        "best": _text(max(dice, default=None), 3),
-        "last": _text(dice[-1] if dice else None, 3),
+        "best": text_of(max(dice, default=None), 3),
+        "last": text_of(dice[-1] if dice else None, 3),
     }
 
 
 def _pictures(overlays: Sequence[Overlay]) -> list[dict[str, Any]]:
-    order = {"best": 0, "median": 1, "worst": 2}
+    order = {"best": 0, "median": 1, "worst": 2, "flagged": 3}
     ordered = sorted(overlays, key=lambda o: (o.configuration, order[o.kind], o.case))
     views = [_planes(overlay) for overlay in ordered]
     return [
@@ -457,7 +497,7 @@ def _picture(overlay: Overlay, shown: Sequence[figures.Plane], images: Sequence[
             {
                 "plane": plane,
                 "uri": uri,
-                "position": _text(plane.position, 0),
+                "position": text_of(plane.position, 0),
                 "bar": bar,
                 "bar_x": (round(0.96 * width - bar, 2), round(0.96 * width, 2)),
                 "bar_y": round(0.96 * height, 2),
@@ -478,22 +518,13 @@ def _picture(overlay: Overlay, shown: Sequence[figures.Plane], images: Sequence[
                 f"{overlay.configuration}. Shown: {', '.join(here) or 'no structure'}.",
             }
         )
-    return {"overlay": overlay, "dice": _text(overlay.dice, 3), "organs": organs, "planes": drawn}
+    return {"overlay": overlay, "dice": text_of(overlay.dice, 3), "organs": organs, "planes": drawn}
 
 
 def _found(plane: figures.Plane, number: int) -> str:
     reference, prediction = plane.reference == number, plane.prediction == number
     total = int(reference.sum()) + int(prediction.sum())
     return f"(overlap in this plane {2 * int((reference & prediction).sum()) / total:.2f})"
-
-
-def _case_table(scored: Sequence[Scored]) -> dict[str, Any]:
-    rows = [(s.configuration, s.fold, row) for s in scored for row in s.rows]
-    total = len(rows)
-    if total > _TABLE_ROWS:
-        rows = sorted(rows, key=lambda r: (2.0 if r[2].dice is None else r[2].dice, r[0], r[2].case))[:_TABLE_ROWS]
-    rows.sort(key=lambda r: (r[0], r[1], r[2].case, r[2].label))
-    return {"rows": rows, "total": total}
 
 
 def _decisions(decisions: Iterable[Decision]) -> dict[str, list[Decision]]:
@@ -506,20 +537,5 @@ def _decisions(decisions: Iterable[Decision]) -> dict[str, list[Decision]]:
 # ---- words
 
 
-def _text(value: float | None, digits: int) -> str:
-    """A number with a true minus sign, never before zero; a dash where there is none."""
-    return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
-
-
-def _mean_sd(one: LabelSummary) -> str:
-    mean = _text(one.dice_mean, 3)
-    # Over all organs there is no spread over cases to tell, only the mean of the organs' own.
-    return mean if one.dice_std is None or one.label is None else f"{mean} ± {_text(one.dice_std, 3)}"
-
-
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _piped(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for c in cells) + " |"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from medseg.core.errors import InputError, MedsegError
-from medseg.core.memory import free_memory
-from medseg.core.provenance import digest, versions
+from medseg.core.memory import free_memory, peak_memory
+from medseg.core.provenance import digest, machine, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
 from medseg.evaluate.score import ignoring
@@ -309,6 +309,8 @@ def provenance(
         "setbacks": learner.setbacks,
         "start": identity["start"],
         "seconds": round(learner.seconds, 1),
+        "peak_memory_bytes": peak_memory(),
+        "machine": machine(),
         "plan": course.plan.digest(),
         **{name: identity[name] for name in ("unlabelled", "previous") if name in identity},
         **({"learnt_before": learnt_from(start)} if start else {}),

@@ -7,9 +7,7 @@ system ends for taking too much ends nothing else. torch is loaded in those proc
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from medseg.core.provenance import processor_name
 from medseg.plan.cost import DoesNotFitError, Step
 from medseg.plan.plan import Configuration
 
@@ -191,14 +190,3 @@ def _resident(what: str) -> int:
     """Bytes of this process's memory, as Linux counts them: ``VmRSS`` now, ``VmHWM`` at the most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
-
-
-@functools.cache
-def processor_name() -> str:
-    """What the processor is called, where Linux says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.machine()

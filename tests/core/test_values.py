@@ -112,4 +112,4 @@ def test_provenance_names_versions_and_no_machine() -> None:
     found = versions()
     assert {"medseg", "python", "numpy", "nibabel"} <= set(found)
     assert all(re.match(r"\d+\.", v) for v in found.values())
-    assert set(machine()) == {"system", "processor"}
+    assert set(machine()) == {"system", "processor", "cores", "memory_gib"}

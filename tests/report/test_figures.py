@@ -5,8 +5,6 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from medseg.core.errors import InputError
@@ -163,35 +161,17 @@ def test_shrunk_averages_blocks():
     assert figures.shrunk(np.zeros((3, 3), np.uint8), 3)[1] == 1
 
 
-def test_axis_known_answers():
-    assert figures.axis([0.83, 0.95], low=0.8, high=1.0).ticks == (0.8, 0.85, 0.9, 0.95, 1.0)
-    assert figures.axis([3.0, 41.0], low=0.0).ticks == (0, 10, 20, 30, 40, 50)
-    assert figures.axis([]).ticks[0] == 0
-    assert figures.axis([5.0]).percent(5.0) == 0
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
-def test_axis_holds_every_value_and_has_few_ticks(values):
-    along = figures.axis(values)
-    slack = 1e-6 * (along.high - along.low)
-    assert along.low - slack <= min(values)
-    assert max(values) <= along.high + slack
-    assert 2 <= len(along.ticks) <= 12
-
-
-def test_strip_known_answer():
-    along = figures.Axis(0, 10, (0, 10))
-    found = figures.strip([(str(v), v) for v in (1.0, 2.0, 3.0, 4.0, 10.0)], along)
-    assert (found.quartile_low, found.median, found.quartile_high) == (20, 30, 40)
-    assert (found.whisker_low, found.whisker_high) == (10, 40), "10 is an outlier"
-    assert len(found.dots) == 5
-    assert figures.strip([], along) is None
-
-
-def test_equal_values_stand_side_by_side():
-    found = figures.strip([("b", 0.5), ("a", 0.5), ("c", 0.5)], figures.Axis(0, 1, (0, 1)))
-    assert [d.text for d in found.dots] == ["a", "b", "c"]
-    assert len({d.y for d in found.dots}) == 3
+def test_a_coarser_crop_keeps_every_voxel_where_it_was():
+    image, labels = scene()
+    whole = figures.cropped(image, RAS, labels, labels)
+    few = whole.of(whole.grey.size // 6)
+    assert few.grey.size <= whole.grey.size // 6
+    assert few.grid.spacing != whole.grid.spacing
+    for index in ((0, 0, 0), tuple(n - 1 for n in few.grey.shape), (3, 2, 1)):
+        at = tuple(np.rint(whole.grid.to_index(few.grid.to_world(index))).astype(int))
+        np.testing.assert_allclose(whole.grid.to_world(at), few.grid.to_world(index))
+        assert few.reference[index] == whole.reference[at]
+    assert whole.of(whole.grey.size) is whole
 
 
 def test_thinning_keeps_the_mean_and_drops_what_is_not_finite():
@@ -200,8 +180,3 @@ def test_thinning_keeps_the_mean_and_drops_what_is_not_finite():
     assert len(thin) == 100
     assert thin[0] == (4.5, 9.0)
     assert figures.thinned([]) == []
-
-
-def test_line_starts_lower_left():
-    unit = figures.Axis(0, 1, (0, 1))
-    assert figures.line([(0, 0), (1, 1)], unit, unit) == "M0 100L100 0"

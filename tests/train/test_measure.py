@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from medseg.core.errors import InputError
+from medseg.core.provenance import processor_name
 from medseg.plan.cost import DoesNotFitError, estimate
-from medseg.train.measure import _alone, find_gpu, measure_step, processor_name
+from medseg.train.measure import _alone, find_gpu, measure_step
 
 
 def test_memory_is_what_was_reckoned(small_plan: Any) -> None:

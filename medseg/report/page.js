@@ -1,0 +1,350 @@
+// What a report draws by itself: distributions, curves, calibration and volumes (ECharts), the table of cases, and the
+// viewer (NiiVue). Names come from files of others: they are set as text, never as markup.
+"use strict";
+const read = id => JSON.parse(byId(id)?.textContent || "null");
+const data = read("data"), scans = read("scans") || {};
+const CASE = 0, ORGAN = 1, CONFIGURATION = 2, FOLD = 3, STATUS = 4, CUT = 5, REFERENCE = 6, PREDICTED = 7, EXPECTED = 8, FIRST = 9;
+const column = field => FIRST + data.columns.findIndex(c => c.field === field);
+const told = (value, digits) => value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
+const keyOf = row => `${data.configurations[row[CONFIGURATION]]}|${data.cases[row[CASE]]}`;
+const unmeasured = row => row[STATUS] === "missed" || row[STATUS] === "invented";
+
+// ---- plots
+
+const charts = [];
+const style = () => {
+  const css = getComputedStyle(document.documentElement), of = name => css.getPropertyValue(name).trim();
+  return {
+    ink: of("--ink"), soft: of("--soft"), rule: of("--rule"), card: of("--card"),
+    colours: Array.from({ length: 8 }, (_, n) => of(`--c${n}`)),
+  };
+};
+const paint = (element, option, open) => {
+  const chart = echarts.init(element, null, { renderer: "canvas", devicePixelRatio: Math.max(2, devicePixelRatio) });
+  const redraw = () => {
+    const look = style();
+    chart.setOption({
+      animation: false, textStyle: { color: look.ink, fontFamily: "inherit", fontSize: 13 },
+      tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink, fontSize: 13 } },
+      ...option(look),
+    }, true);
+  };
+  redraw();
+  if (open) chart.on("click", event => event.data?.row !== undefined && show(data.rows[event.data.row]));
+  charts.push({ chart, redraw });
+  new ResizeObserver(() => chart.resize()).observe(element);
+};
+const axis = (look, name, more = {}) => ({
+  type: "value", name, nameLocation: "middle", nameGap: 30, scale: true,
+  nameTextStyle: { color: look.soft }, axisLabel: { color: look.soft, fontSize: 12 }, axisLine: { lineStyle: { color: look.rule } },
+  splitLine: { lineStyle: { color: look.rule } }, ...more,
+});
+const said = row => `${data.cases[row[CASE]]} · ${data.organs[row[ORGAN]]}` +
+  (data.configurations.length > 1 ? ` · ${data.configurations[row[CONFIGURATION]]}` : "");
+const safe = text => { const box = make("div", text); return box.innerHTML; };
+// The same case lies at the same height in every plot.
+const spread = n => ((n * 2654435761) % 4294967296) / 4294967296 - 0.5;
+
+const quantile = (sorted, q) => {
+  const at = (sorted.length - 1) * q, low = Math.floor(at);
+  return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
+};
+const box = values => {
+  const sorted = [...values].sort((a, b) => a - b), [q1, q3] = [quantile(sorted, .25), quantile(sorted, .75)];
+  const inner = sorted.filter(v => v >= q1 - 1.5 * (q3 - q1) && v <= q3 + 1.5 * (q3 - q1));
+  return [inner[0], q1, quantile(sorted, .5), q3, inner[inner.length - 1]];
+};
+
+const distributions = () => {
+  const place = byId("distribution"), which = byId("measure");
+  if (!place || !data.rows.length) return;
+  for (const field of data.drawn) {
+    const { heading, unit } = data.columns[column(field) - FIRST];
+    which.append(make("option", unit ? `${heading} (${unit})` : heading, { value: field }));
+  }
+  const present = data.configurations.map((_, n) => n).filter(n => data.rows.some(row => row[CONFIGURATION] === n));
+  const lines = data.organs.flatMap((_, organ) => present.map(configuration => ({ organ, configuration })));
+  const height = () => { place.style.height = `${lines.length * (lines.length > 12 ? 30 : 44) + 80}px`; };
+  const option = look => {
+    const at = column(which.value), { heading, unit, digits } = data.columns[at - FIRST];
+    const length = unit === "mm" || unit === "%";
+    const found = lines.map(() => []);
+    data.rows.forEach((row, n) => {
+      if (row[at] === null || (length && unmeasured(row))) return;
+      const line = row[ORGAN] * present.length + present.indexOf(row[CONFIGURATION]);
+      found[line].push({ value: [row[at], line + .62 * spread(row[CASE] + 1)], row: n });
+    });
+    const name = line => present.length > 1
+      ? `${data.organs[line.organ]} · ${data.configurations[line.configuration]}` : data.organs[line.organ];
+    const heights = { min: -.5, max: lines.length - .5 };
+    const colour = line => look.colours[line.configuration % 8];
+    return {
+      grid: { left: 8, right: 24, top: 12, bottom: 48, containLabel: true },
+      xAxis: axis(look, unit ? `${heading} (${unit})` : heading, unit ? {} : { max: 1 }),
+      yAxis: [
+        { type: "category", inverse: true, data: lines.map(name), axisTick: { show: false },
+          axisLabel: { color: look.ink, width: Math.min(170, place.clientWidth / 3), overflow: "truncate", interval: 0 },
+          axisLine: { lineStyle: { color: look.rule } } },
+        { type: "value", inverse: true, show: false, ...heights },
+      ],
+      tooltip: {
+        confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink },
+        formatter: one => one.seriesType !== "scatter" ? safe(`${one.name}: median ${told(one.value[3], digits)}`)
+          : safe(`${said(data.rows[one.data.row])}: ${told(one.value[0], digits)} ${unit}`),
+      },
+      series: [
+        { type: "boxplot", z: 1, boxWidth: ["50%", "80%"],
+          data: found.map((points, n) => points.length ? { value: box(points.map(p => p.value[0])),
+            itemStyle: { color: "transparent", borderColor: colour(lines[n]), borderWidth: 1.5 } } : { value: [] }) },
+        { type: "scatter", yAxisIndex: 1, z: 2, symbolSize: data.rows.length > 4000 ? 5 : 8, progressive: 4000,
+          itemStyle: { opacity: .6 },
+          data: found.flatMap((points, n) => points.map(p => ({ ...p, itemStyle: { color: colour(lines[n]) } }))) },
+      ],
+    };
+  };
+  height();
+  paint(place, option, true);
+  const mine = charts[charts.length - 1];
+  const count = () => {
+    const length = ["mm", "%"].includes(data.columns[column(which.value) - FIRST].unit), missing = data.rows.filter(unmeasured);
+    byId("unmeasured").textContent = length && missing.length
+      ? `${missing.length} missed or invented structures have no surface to measure to, and are not drawn.` : "";
+  };
+  which.addEventListener("change", () => { mine.redraw(); count(); });
+  count();
+};
+
+const DASHES = ["solid", "dashed", "dotted", [12, 4, 3, 4]];
+const curves = () => {
+  for (const [id, what, name] of [["loss", "loss", "Training loss"], ["learnt", "dice", "Validation Dice"]]) {
+    const place = byId(id), lines = data.curves.filter(c => c[what].length);
+    if (!place || !lines.length) { place?.closest("figure").remove(); continue; }
+    paint(place, look => ({
+      grid: { left: 8, right: 20, top: 12, bottom: 46, containLabel: true },
+      xAxis: axis(look, "minutes", { min: 0 }), yAxis: axis(look, "", {}),
+      tooltip: { confine: true, trigger: "item", backgroundColor: look.card, borderColor: look.rule,
+        textStyle: { color: look.ink }, formatter: p => safe(`${p.seriesName}: ${told(p.value[1], 3)} after ${told(p.value[0], 1)} min`) },
+      series: lines.flatMap(c => c[what].map(points => ({
+        type: "line", name: `${c.configuration}, fold ${c.fold}`, data: points, symbol: "circle",
+        symbolSize: what === "dice" ? 6 : 3, lineStyle: { width: 2, type: DASHES[c.fold % 4] },
+        color: look.colours[data.configurations.indexOf(c.configuration) % 8],
+      }))),
+    }));
+    place.setAttribute("aria-label", `${name} against minutes. ` + lines.map(c =>
+      `${c.configuration} fold ${c.fold} ends at ${told(c[what].at(-1).at(-1)[1], 3)}.`).join(" "));
+  }
+};
+
+const diagonal = look => ({
+  type: "line", silent: true, symbol: "none", data: [[0, 0], [1, 1]], lineStyle: { color: look.soft, type: "dashed", width: 1 },
+});
+const calibration = () => {
+  const place = byId("expected"), dice = column("dice");
+  const both = data.rows.filter(row => row[EXPECTED] !== null && row[dice] !== null).flatMap(row => [row[EXPECTED], row[dice]]);
+  const least = Math.floor(10 * both.reduce((a, b) => Math.min(a, b), 0.9)) / 10;
+  if (place) paint(place, look => ({
+    grid: { left: 62, right: 20, top: 12, bottom: 46 },
+    xAxis: axis(look, "predicted Dice", { min: least, max: 1 }), yAxis: axis(look, "Dice", { min: least, max: 1, nameGap: 40 }),
+    tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink },
+      formatter: p => p.data.row === undefined ? "" : safe(`${said(data.rows[p.data.row])}: ${told(p.value[1], 3)}, predicted ${told(p.value[0], 3)}`) },
+    series: [diagonal(look), { type: "scatter", symbolSize: 7, itemStyle: { opacity: .65 }, progressive: 4000,
+      data: data.rows.flatMap((row, n) => row[EXPECTED] === null || row[dice] === null ? []
+        : [{ value: [row[EXPECTED], row[dice]], row: n, itemStyle: { color: look.colours[row[CONFIGURATION] % 8] } }]) }],
+  }), true);
+  const bins = byId("reliability");
+  if (bins) paint(bins, look => ({
+    grid: { left: 62, right: 20, top: 30, bottom: 46 }, legend: { type: "scroll", top: 0, textStyle: { color: look.soft } },
+    xAxis: axis(look, "probability", { min: 0, max: 1 }), yAxis: axis(look, "share that is right", { min: 0, max: 1, nameGap: 36 }),
+    tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink },
+      formatter: p => safe(`${p.seriesName}: of voxels given ${told(p.value[0], 2)}, ${told(p.value[1], 2)} are right`) },
+    series: [diagonal(look), ...data.reliable.map((one, n) => ({
+      type: "line", color: look.colours[n % 8], symbolSize: 6,
+      name: `${one.name} · ${one.configuration}, fold ${one.fold} (ECE ${told(one.ece, 3)})`,
+      data: one.probability.flatMap((p, i) => p === null ? [] : [[p, one.right[i]]]),
+    }))],
+  }));
+};
+
+const volumes = () => {
+  const place = byId("volumes"), which = byId("organ");
+  if (!place || !data.agreement.length) return;
+  data.agreement.forEach((one, n) => which.append(make("option", data.configurations.length > 1
+    ? `${one.name} · ${one.configuration}` : one.name, { value: n })));
+  paint(place, look => {
+    const one = data.agreement[which.value], organ = data.organs.indexOf(one.name);
+    const configuration = data.configurations.indexOf(one.configuration);
+    const line = (value, text) => ({ yAxis: value, label: { formatter: text, color: look.soft, position: "insideEndTop" } });
+    return {
+      grid: { left: 76, right: 24, top: 16, bottom: 46 },
+      xAxis: axis(look, "mean of reference and prediction (ml)"), yAxis: axis(look, "predicted less reference (ml)", {
+        nameGap: 54, min: r => Math.min(r.min, one.low), max: r => Math.max(r.max, one.high),
+        axisLabel: { color: look.soft, formatter: v => Number(v.toPrecision(3)).toString() } }),
+      tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink }, formatter: p =>
+        p.data.row === undefined ? "" : safe(`${said(data.rows[p.data.row])}: ${told(data.rows[p.data.row][PREDICTED], 2)} ml, reference ${told(data.rows[p.data.row][REFERENCE], 2)} ml`) },
+      series: [{ type: "scatter", symbolSize: 8, itemStyle: { opacity: .65, color: look.colours[configuration % 8] },
+        markLine: { silent: true, symbol: "none", lineStyle: { color: look.soft, type: "dashed" }, data: [
+          line(one.bias, `mean ${told(one.bias, 2)} ml`), line(one.low, `95 % from ${told(one.low, 2)}`), line(one.high, `to ${told(one.high, 2)} ml`)] },
+        data: data.rows.flatMap((row, n) => row[ORGAN] !== organ || row[CONFIGURATION] !== configuration || row[STATUS] === "both empty"
+          ? [] : [{ value: [(row[REFERENCE] + row[PREDICTED]) / 2, row[PREDICTED] - row[REFERENCE]], row: n }]) }],
+    };
+  }, true);
+  const mine = charts[charts.length - 1];
+  which.addEventListener("change", mine.redraw);
+};
+
+// ---- tables
+
+const AT_ONCE = 150;
+const cases = () => {
+  const table = byId("all-cases");
+  if (!table) return;
+  const columns = [
+    { heading: "Case", text: true, of: row => data.cases[row[CASE]] },
+    { heading: "Organ", text: true, of: row => data.organs[row[ORGAN]] },
+    { heading: "Configuration", text: true, of: row => data.configurations[row[CONFIGURATION]] },
+    { heading: "Fold", of: row => row[FOLD], digits: 0 },
+    { heading: "Status", text: true, of: row => row[STATUS] + (row[CUT] ? ", cut" : "") },
+    ...data.columns.map((c, n) => ({ heading: c.heading, unit: c.unit, digits: c.digits, of: row => row[FIRST + n] })),
+    { heading: "Reference", unit: "ml", digits: 2, of: row => row[REFERENCE] },
+    { heading: "Predicted", unit: "ml", digits: 2, of: row => row[PREDICTED] },
+  ].filter(c => c.text || data.rows.some(row => c.of(row) !== null));
+  const head = table.tHead.rows[0];
+  for (const c of columns) {
+    const cell = make("th", null, { scope: "col", ...(c.text ? { class: "text" } : {}) });
+    cell.append(make("span", c.heading));
+    if (c.unit) cell.append(make("small", c.unit));
+    head.append(cell);
+  }
+  let found = data.rows, shown = 0;
+  const body = table.tBodies[0];
+  const cell = (row, c, n) => {
+    const value = c.of(row), td = make(n ? "td" : "th", null, n ? {} : { scope: "row" });
+    if (c.text) td.classList.add("text");
+    if (!n) {
+      const button = make("button", value, { type: "button", class: "open", title: scans[keyOf(row)] ? "Open the scan" : "Open" });
+      if (scans[keyOf(row)]) button.append(make("i", "◧", { "aria-label": "with its scan" }));
+      button.addEventListener("click", () => show(row));
+      td.append(button);
+    } else td.textContent = c.text ? value : told(value, c.digits);
+    if (c.heading === "Status" && unmeasured(row)) td.classList.add("bad");
+    return td;
+  };
+  const more = () => {
+    const part = document.createDocumentFragment();
+    for (const row of found.slice(shown, shown + AT_ONCE)) {
+      const tr = make("tr");
+      columns.forEach((c, n) => tr.append(cell(row, c, n)));
+      part.append(tr);
+    }
+    body.append(part);
+    shown = Math.min(shown + AT_ONCE, found.length);
+    byId("shown").textContent = `${found.length} of ${data.rows.length} rows${shown < found.length ? `, ${shown} drawn so far` : ""}`;
+    byId("more").hidden = shown >= found.length;
+  };
+  const again = () => { body.replaceChildren(); shown = 0; more(); };
+  const fields = { text: byId("find"), status: byId("status"), configuration: byId("configuration") };
+  for (const [name, at] of [["status", row => row[STATUS]], ["configuration", row => data.configurations[row[CONFIGURATION]]]]) {
+    const values = [...new Set(data.rows.map(at))];
+    for (const value of values) fields[name].append(make("option", value, { value }));
+    if (values.length < 2) fields[name].closest("label").hidden = true;
+  }
+  if (Object.keys(data.flagged).length) fields.status.append(make("option", "flagged for review", { value: "flagged" }));
+  fields.status.closest("label").hidden = fields.status.options.length < 3;
+  const narrow = () => {
+    const wanted = fields.text.value.trim().toLowerCase();
+    found = data.rows.filter(row =>
+      (!wanted || `${data.cases[row[CASE]]} ${data.organs[row[ORGAN]]}`.toLowerCase().includes(wanted)) &&
+      (!fields.status.value || row[STATUS] === fields.status.value || (fields.status.value === "flagged" && data.flagged[keyOf(row)])) &&
+      (!fields.configuration.value || data.configurations[row[CONFIGURATION]] === fields.configuration.value));
+    again();
+  };
+  for (const field of Object.values(fields)) field.addEventListener("input", narrow);
+  sortable(table, (at, down) => {
+    const { of } = columns[at];
+    data.rows.sort((a, b) => ordered(of(a), of(b), down));
+    narrow();
+  });
+  byId("more").addEventListener("click", more);
+  new IntersectionObserver(seen => seen[0].isIntersecting && shown < found.length && more()).observe(byId("more"));
+  again();
+};
+
+// ---- the viewer
+
+let niivueLoaded = false, viewer = null;
+const library = () => {
+  if (niivueLoaded) return;
+  const script = make("script", byId("niivue").textContent);
+  document.head.append(script);
+  niivueLoaded = true;
+};
+const show = row => {
+  const dialog = byId("viewer"), key = keyOf(row), facts = byId("facts");
+  byId("viewer-title").textContent = `${data.cases[row[CASE]]} · ${data.configurations[row[CONFIGURATION]]}`;
+  facts.replaceChildren();
+  const fields = ["dice", "nsd", "hd95_mm"].map(column);
+  for (const other of data.rows.filter(r => keyOf(r) === key)) {
+    const tr = make("tr");
+    tr.append(make("th", data.organs[other[ORGAN]], { scope: "row" }), make("td", other[STATUS] + (other[CUT] ? ", cut" : ""), { class: unmeasured(other) ? "bad text" : "text" }));
+    for (const at of fields) tr.append(make("td", told(other[at], data.columns[at - FIRST].digits)));
+    tr.append(make("td", told(other[REFERENCE], 2)), make("td", told(other[PREDICTED], 2)));
+    if (other === row) tr.classList.add("this");
+    facts.append(tr);
+  }
+  byId("why").textContent = (data.flagged[key] || []).join(" ");
+  if (!dialog.open) dialog.showModal();
+  open(key).catch(error => { byId("no-scan").hidden = false; byId("no-scan").textContent = `The scan cannot be drawn here: ${error.message}`; });
+};
+const open = async key => {
+  const scan = scans[key];
+  byId("frame").hidden = byId("layers").hidden = !scan;
+  byId("no-scan").hidden = !!scan;
+  if (!scan) { byId("no-scan").textContent = "This page holds the scans of the best, the median, the worst and the flagged cases only."; return; }
+  library();
+  if (!viewer) {
+    viewer = new niivue.Niivue({
+      isRadiologicalConvention: true, backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairWidth: 0.5, isColorbar: false, crosshairColor: [1, 1, 1, 0.5], crosshairWidthUnit: "mm",
+      multiplanarShowRender: niivue.SHOW_RENDER.ALWAYS, isResizeCanvas: true, textHeight: 0.04, loadingText: "", logLevel: "error",
+    });
+    await viewer.attachToCanvas(byId("stage"));
+    viewer.setSliceType(viewer.sliceTypeMultiplanar);
+  }
+  while (viewer.volumes.length) viewer.removeVolume(viewer.volumes[viewer.volumes.length - 1]);
+  for (const what of ["image", "reference", "prediction"]) {
+    const volume = await niivue.NVImage.loadFromBase64({ base64: scan[what], name: `${what}.nii.gz`, colormap: "gray", opacity: 1 });
+    if (what !== "image") {
+      const table = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [""] };
+      for (const [number, name, [r, g, b]] of scan.labels) {
+        table.R.push(r); table.G.push(g); table.B.push(b); table.A.push(255); table.I.push(number); table.labels.push(name);
+      }
+      volume.setColormapLabel(table);
+    }
+    viewer.addVolume(volume);
+  }
+  const legend = byId("colours");
+  legend.replaceChildren(...scan.labels.map(([, name, [r, g, b]]) => {
+    const item = make("li", name), chip = make("span", null, { class: "chip", "aria-hidden": "true" });
+    chip.style.background = `rgb(${r} ${g} ${b})`;
+    item.prepend(chip);
+    return item;
+  }));
+  layers();
+  byId("stage").dataset.drawn = key;
+};
+const layers = () => {
+  const strength = byId("strength").value / 100;
+  for (const [n, id] of [[1, "layer-reference"], [2, "layer-prediction"]]) viewer.setOpacity(n, byId(id).checked ? strength : 0);
+  viewer.setAtlasOutline(byId("layer-outline").checked ? 1 : 0);
+};
+for (const id of ["layer-reference", "layer-prediction", "layer-outline", "strength"]) byId(id)?.addEventListener("input", () => viewer && layers());
+for (const button of document.querySelectorAll("button[data-open]")) {
+  const at = data.rows.findIndex(row => keyOf(row) === button.dataset.open);
+  if (at >= 0) button.addEventListener("click", () => show(data.rows[at])); else button.remove();
+}
+
+// ---- begin
+
+if (window.echarts) { distributions(); curves(); calibration(); volumes(); }
+cases();
+const recolour = () => charts.forEach(c => c.redraw());
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
