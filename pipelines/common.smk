@@ -149,7 +149,8 @@ def models():
 
 
 def reports():
-    return [f"{RESULTS}/{task}/report.html" for task in TASKS]
+    over_all = [f"{RESULTS}/report.html"] if len(TASKS) > 1 else []
+    return [f"{RESULTS}/{task}/report.html" for task in TASKS] + over_all
 
 
 def print_reports():

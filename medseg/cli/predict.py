@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -45,6 +45,7 @@ class Wishes:
     overlap: float | None = None
     force: bool = False
     split: bool = False
+    report: bool = False
     save_probabilities: bool = False
     save_uncertainty: bool = False
 
@@ -87,6 +88,7 @@ class Read:
     default=0.0,
     help="Take away smaller pieces.",
 )
+@click.option("--report", is_flag=True, help="Also draw a page of each scan: organs, volumes, three planes and 3D.")
 @click.option("--split", is_flag=True, help="Also write each structure as a mask of its own, in a folder.")
 @click.option("--save-probabilities", is_flag=True, help="Also write the probability of every structure.")
 @click.option("--save-uncertainty", is_flag=True, help="Also write 1 less the probability of each voxel's label.")
@@ -386,7 +388,8 @@ def _read(job: Job, rules: Sequence[Normalisation], wishes: Wishes, *, bar: bool
 
     also = {"prob": wishes.save_probabilities, "uncertainty": wishes.save_uncertainty}
     masks = (job.output.with_name(_stem(job)),) if wishes.split else ()
-    require_own(job.output, *(_beside(job, what) for what, wanted in also.items() if wanted), *masks)
+    pages = (_page_of(job),) if wishes.report else ()
+    require_own(job.output, *(_beside(job, what) for what, wanted in also.items() if wanted), *masks, *pages)
     # Before the work, so that what cannot be referred to is refused at once.
     reference = None if job.to == "nifti" else reference_for(job.scan, job.series, job.to)
     with _enough_memory(job):
@@ -444,6 +447,9 @@ def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes:
             record["probabilities"] = result.probabilities.name
         if wishes.split:
             record["masks"] = _split(job, made.label_map)
+        if wishes.report:
+            record["report"] = _page_of(job).name
+            _draw(_page_of(job), scan, made, record)
         if made.instances is not None:
             record |= _counted(job, made.instances, made.label_map.labels)
         # Where the disk is full neither takes the place of an earlier one.
@@ -486,6 +492,34 @@ def _beside(job: Job, what: str) -> Path:
     from medseg.io.sidecar import SUFFIX
 
     return job.output.with_name(f"{_stem(job).removesuffix(SUFFIX)}_{what}.nii.gz")
+
+
+def _page_of(job: Job) -> Path:
+    from medseg.io.sidecar import SUFFIX
+
+    return job.output.with_name(f"{_stem(job).removesuffix(SUFFIX)}_report.html")
+
+
+def _draw(path: Path, scan: Read, made: Prediction, record: Mapping[str, Any]) -> None:
+    """The page of a scan."""
+    from medseg.io.files import write_text
+    from medseg.report.scan import Organ, ScanPage, scan_report
+
+    review = [flag.reason for flag in made.flags if flag.review]
+    about = {"scan": record["scan"], "scan, SHA-256": record["scan_sha256"], "model": made.model}
+    about |= {"model, SHA-256": made.model_digest, "seconds": f"{made.seconds:.1f}"}
+    page = ScanPage(
+        title=record["scan"],
+        image=scan.volume.values[0],
+        grid=scan.volume.grid,
+        found=made.label_map,
+        organs=[Organ(o.name, o.volume_ml, o.confidence, o.predicted_dice, o.cut) for o in made.organs],
+        review=review,
+        notes=[note for note in record["warnings"] if note not in review],
+        calibrated=made.calibration.cases if made.calibration else None,
+        provenance=about | {f"version of {name}": number for name, number in record["versions"].items()},
+    )
+    write_text(path, scan_report(page))
 
 
 def _stem(job: Job) -> str:
@@ -557,6 +591,8 @@ def _is_done(job: Job, digest: str, wishes: Wishes) -> bool:
 def _told(wishes: Wishes) -> dict[str, Any]:
     """Wishes as JSON has them."""
     told: dict[str, Any] = json.loads(json.dumps(asdict(wishes)))
+    if not wishes.report:  # as results have it that were written before there were pages
+        del told["report"]
     return told
 
 

@@ -1,8 +1,7 @@
 // What a report draws by itself: distributions, curves, calibration and volumes (ECharts), the table of cases, and the
 // viewer (NiiVue). Names come from files of others: they are set as text, never as markup.
 "use strict";
-const read = id => JSON.parse(byId(id)?.textContent || "null");
-const data = read("data"), scans = read("scans") || {};
+const data = read("data");
 const CASE = 0, ORGAN = 1, CONFIGURATION = 2, FOLD = 3, STATUS = 4, CUT = 5, REFERENCE = 6, PREDICTED = 7, EXPECTED = 8, FIRST = 9;
 const column = field => FIRST + data.columns.findIndex(c => c.field === field);
 const told = (value, digits) => value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
@@ -269,15 +268,8 @@ const cases = () => {
   again();
 };
 
-// ---- the viewer
+// ---- a case, opened
 
-let niivueLoaded = false, viewer = null;
-const library = () => {
-  if (niivueLoaded) return;
-  const script = make("script", byId("niivue").textContent);
-  document.head.append(script);
-  niivueLoaded = true;
-};
 const show = row => {
   const dialog = byId("viewer"), key = keyOf(row), facts = byId("facts");
   byId("viewer-title").textContent = `${data.cases[row[CASE]]} · ${data.configurations[row[CONFIGURATION]]}`;
@@ -293,50 +285,8 @@ const show = row => {
   }
   byId("why").textContent = (data.flagged[key] || []).join(" ");
   if (!dialog.open) dialog.showModal();
-  open(key).catch(error => { byId("no-scan").hidden = false; byId("no-scan").textContent = `The scan cannot be drawn here: ${error.message}`; });
+  draw(key);
 };
-const open = async key => {
-  const scan = scans[key];
-  byId("frame").hidden = byId("layers").hidden = !scan;
-  byId("no-scan").hidden = !!scan;
-  if (!scan) { byId("no-scan").textContent = "This page holds the scans of the best, the median, the worst and the flagged cases only."; return; }
-  library();
-  if (!viewer) {
-    viewer = new niivue.Niivue({
-      isRadiologicalConvention: true, backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairWidth: 0.5, isColorbar: false, crosshairColor: [1, 1, 1, 0.5], crosshairWidthUnit: "mm",
-      multiplanarShowRender: niivue.SHOW_RENDER.ALWAYS, isResizeCanvas: true, textHeight: 0.04, loadingText: "", logLevel: "error",
-    });
-    await viewer.attachToCanvas(byId("stage"));
-    viewer.setSliceType(viewer.sliceTypeMultiplanar);
-  }
-  while (viewer.volumes.length) viewer.removeVolume(viewer.volumes[viewer.volumes.length - 1]);
-  for (const what of ["image", "reference", "prediction"]) {
-    const volume = await niivue.NVImage.loadFromBase64({ base64: scan[what], name: `${what}.nii.gz`, colormap: "gray", opacity: 1 });
-    if (what !== "image") {
-      const table = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [""] };
-      for (const [number, name, [r, g, b]] of scan.labels) {
-        table.R.push(r); table.G.push(g); table.B.push(b); table.A.push(255); table.I.push(number); table.labels.push(name);
-      }
-      volume.setColormapLabel(table);
-    }
-    viewer.addVolume(volume);
-  }
-  const legend = byId("colours");
-  legend.replaceChildren(...scan.labels.map(([, name, [r, g, b]]) => {
-    const item = make("li", name), chip = make("span", null, { class: "chip", "aria-hidden": "true" });
-    chip.style.background = `rgb(${r} ${g} ${b})`;
-    item.prepend(chip);
-    return item;
-  }));
-  layers();
-  byId("stage").dataset.drawn = key;
-};
-const layers = () => {
-  const strength = byId("strength").value / 100;
-  for (const [n, id] of [[1, "layer-reference"], [2, "layer-prediction"]]) viewer.setOpacity(n, byId(id).checked ? strength : 0);
-  viewer.setAtlasOutline(byId("layer-outline").checked ? 1 : 0);
-};
-for (const id of ["layer-reference", "layer-prediction", "layer-outline", "strength"]) byId(id)?.addEventListener("input", () => viewer && layers());
 for (const button of document.querySelectorAll("button[data-open]")) {
   const at = data.rows.findIndex(row => keyOf(row) === button.dataset.open);
   if (at >= 0) button.addEventListener("click", () => show(data.rows[at])); else button.remove();

@@ -6,7 +6,6 @@ organs, the pictures and the plan; plots, the table of cases and the viewer are 
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections import defaultdict
@@ -15,20 +14,19 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.core.errors import InputError
 from medseg.core.grid import Grid
-from medseg.core.look import COLOURS, colour
-from medseg.core.volume import LabelMap, Volume
+from medseg.core.look import COLOURS
+from medseg.core.volume import LabelMap
 from medseg.evaluate.score import NOTHING, CaseMetrics, summarise
 from medseg.evaluate.statistics import agreement, intervals
-from medseg.io.nifti import packed
 from medseg.models.evaluation import Figure
 from medseg.report import figures
+from medseg.report.pictures import Look, pictures, scans
 from medseg.report.tables import (
     CASE_COLUMNS,
     DRAWN,
@@ -46,12 +44,6 @@ if TYPE_CHECKING:
 Sure = Mapping[tuple[int | None, str], Figure]
 Kind = Literal["best", "median", "worst", "flagged"]
 
-# Pictures may fill this much of a page of 10 MB; where they are more, they lose resolution.
-_PICTURE_BYTES = 5_000_000
-_SIDES = (512, 256, 128, 64)
-# Scans for the viewer may fill this much, and lose resolution likewise: so many voxels each.
-_SCAN_BYTES = 3_000_000
-_VOXELS = (4_000_000, 1_500_000, 600_000, 250_000, 100_000, 40_000)
 # A page keeps so many rows of cases, the worst ones.
 _ROWS = 60_000
 _COLOURS = len(COLOURS)
@@ -172,7 +164,9 @@ def report(run: RunPage) -> str:
     groups = by_configuration(run.scored)
     colours = {name: n % _COLOURS for n, name in enumerate(_configurations(run))}
     sure = {name: intervals(rows, ("dice",)) for name, rows in groups.items()}
-    data, scans = _data(run, groups, colours), _scans(run.overlays)
+    overlays = sorted(run.overlays, key=lambda o: (o.configuration, get_args(Kind).index(o.kind), o.case))
+    data, shown = _data(run, groups, colours), [_look(one) for one in overlays]
+    kept = scans(shown)
     context = {
         "run": run,
         "case_columns": CASE_COLUMNS,
@@ -192,12 +186,12 @@ def report(run: RunPage) -> str:
         "predicted": any(s.predicted for s in run.scored),
         "reliable": data["reliable"],
         "agreement": data["agreement"],
-        "pictures": _pictures(run.overlays),
+        "pictures": list(zip(overlays, pictures(shown), strict=True)),
         "data": embedded(data),
-        "scans": embedded(scans),
-        "script": resource("tables.js") + resource("page.js"),
+        "scans": embedded(kept),
+        "script": resource("tables.js") + resource("viewer.js") + resource("page.js"),
         "plots": resource("vendor/echarts.min.js") if data["rows"] or data["curves"] else "",
-        "viewer": resource("vendor/niivue.umd.js") if scans else "",
+        "viewer": resource("vendor/niivue.umd.js") if kept else "",
         "decisions": _decisions(run.decisions),
     }
     return environment().get_template("page.html.j2").render(context)
@@ -383,35 +377,10 @@ def _curve(curve: Curve) -> dict[str, Any]:
     return {"configuration": curve.configuration, "fold": curve.fold, **lines}
 
 
-def _scans(overlays: Sequence[Overlay]) -> dict[str, Any]:
-    """Of each case to look at the scan in grey and both label maps, as NIfTI in base64, as fine as the page allows."""
-    ordered = sorted(overlays, key=lambda o: (o.configuration, o.case))
-    crops = {f"{o.configuration}|{o.case}": (o, _cropped(o)) for o in ordered}
-    scans: dict[str, Any] = {}
-    for voxels in _VOXELS:
-        scans = {key: _scan(one, crop.of(voxels)) for key, (one, crop) in crops.items()}
-        if sum(len(s[what]) for s in scans.values() for what in ("image", "reference", "prediction")) <= _SCAN_BYTES:
-            break
-    return scans
-
-
-def _cropped(overlay: Overlay) -> figures.Crop:
-    try:
-        return figures.cropped(overlay.image, overlay.grid, overlay.reference, overlay.prediction)
-    except InputError as error:
-        raise error.of_case(overlay.case) from error
-
-
-def _scan(overlay: Overlay, crop: figures.Crop) -> dict[str, Any]:
-    values = {"image": crop.grey, "reference": crop.reference, "prediction": crop.prediction}
-    coded = {
-        name: base64.b64encode(packed(Volume(v[None].astype(np.uint8), crop.grid))).decode()
-        for name, v in values.items()
-    }
-    labels = [
-        (label.number, label.name, colour(n)) for n, label in enumerate(overlay.reference.labels) if label.number < 256
-    ]
-    return {"labels": labels, **coded}
+def _look(one: Overlay) -> Look:
+    told = f"case {one.case}, {one.kind} of configuration {one.configuration}"
+    key = f"{one.configuration}|{one.case}"
+    return Look(key, one.case, told, one.image, one.grid, one.reference, one.prediction)
 
 
 def embedded(data: Any) -> str:
@@ -449,82 +418,6 @@ def _standing(curve: Curve) -> dict[str, Any]:
         "best": text_of(max(dice, default=None), 3),
         "last": text_of(dice[-1] if dice else None, 3),
     }
-
-
-def _pictures(overlays: Sequence[Overlay]) -> list[dict[str, Any]]:
-    order = {"best": 0, "median": 1, "worst": 2, "flagged": 3}
-    ordered = sorted(overlays, key=lambda o: (o.configuration, order[o.kind], o.case))
-    views = [_planes(overlay) for overlay in ordered]
-    return [
-        _picture(overlay, shown, images)
-        for overlay, shown, images in zip(ordered, views, _within_budget(views), strict=True)
-    ]
-
-
-def _planes(overlay: Overlay) -> tuple[figures.Plane, figures.Plane, figures.Plane]:
-    try:
-        return figures.planes(overlay.image, overlay.grid, overlay.reference, overlay.prediction)
-    except InputError as error:
-        raise error.of_case(overlay.case) from error
-
-
-def _within_budget(views: Sequence[Sequence[figures.Plane]]) -> list[list[tuple[str, int]]]:
-    """The image of each plane and how many pixels went into one, as sharp as the page allows."""
-    images: list[list[tuple[str, int]]] = []
-    for side in _SIDES:
-        images = []
-        for shown in views:
-            small = [figures.shrunk(plane.grey, side) for plane in shown]
-            images.append([(figures.png(grey), n) for grey, n in small])
-        if sum(len(uri) for group in images for uri, _ in group) <= _PICTURE_BYTES:
-            break
-    return images
-
-
-def _picture(overlay: Overlay, shown: Sequence[figures.Plane], images: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    seen = np.unique(np.concatenate([np.unique(m) for p in shown for m in (p.reference, p.prediction)]))
-    organs = [(label, n % _COLOURS) for n, label in enumerate(overlay.reference.labels) if label.number in seen]
-    drawn = []
-    for plane, (uri, n) in zip(shown, images, strict=True):
-        height, width = plane.size_mm
-        bar = next((mm for mm in (20, 5) if mm <= width / 3), 1)
-        here = [
-            f"{label.name} {_found(plane, label.number)}"
-            for label, _ in organs
-            if label.number in plane.reference or label.number in plane.prediction
-        ]
-        drawn.append(
-            {
-                "plane": plane,
-                "uri": uri,
-                "position": text_of(plane.position, 0),
-                "bar": bar,
-                "bar_x": (round(0.96 * width - bar, 2), round(0.96 * width, 2)),
-                "bar_y": round(0.96 * height, 2),
-                "height": round(height, 3),
-                "width": round(width, 3),
-                "image_height": round(math.ceil(plane.grey.shape[0] / n) * n * plane.pixel_mm[0], 3),
-                "image_width": round(math.ceil(plane.grey.shape[1] / n) * n * plane.pixel_mm[1], 3),
-                "half": (round(plane.pixel_mm[1] / 2, 6), round(plane.pixel_mm[0] / 2, 6)),
-                "paths": [
-                    (
-                        colour,
-                        figures.outline(plane.prediction == label.number),
-                        figures.outline(plane.reference == label.number),
-                    )
-                    for label, colour in organs
-                ],
-                "alt": f"{plane.name.capitalize()} plane of case {overlay.case}, {overlay.kind} of configuration "
-                f"{overlay.configuration}. Shown: {', '.join(here) or 'no structure'}.",
-            }
-        )
-    return {"overlay": overlay, "dice": text_of(overlay.dice, 3), "organs": organs, "planes": drawn}
-
-
-def _found(plane: figures.Plane, number: int) -> str:
-    reference, prediction = plane.reference == number, plane.prediction == number
-    total = int(reference.sum()) + int(prediction.sum())
-    return f"(overlap in this plane {2 * int((reference & prediction).sum()) / total:.2f})"
 
 
 def _decisions(decisions: Iterable[Decision]) -> dict[str, list[Decision]]:

@@ -18,6 +18,7 @@ from medseg.core.look import colour
 from medseg.core.volume import LabelMap
 from medseg.evaluate.score import score
 from medseg.report import page
+from medseg.report.scan import Organ, ScanPage, scan_report
 from medseg.report.tables import Scored
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -235,3 +236,27 @@ def test_every_field_and_picture_has_a_name(browser: Any, file: Path) -> None:
             !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim())).map(e => e.outerHTML)"""
         )
         assert nameless == []
+
+
+def test_the_page_of_a_scan_shows_it(browser: Any, tmp_path: Path) -> None:
+    run = a_run()
+    one = run.overlays[0]
+    shown = ScanPage(
+        "scan.nii.gz",
+        one.image,
+        one.grid,
+        one.prediction,
+        [Organ("liver", 9.0, 0.9, 0.9, False)],
+        [],
+        [],
+        4,
+        {"model": "m"},
+    )
+    (tmp_path / "scan.html").write_text(scan_report(shown), encoding="utf-8")
+    with Tab(browser, tmp_path / "scan.html") as tab:
+        tab.page.wait_for_selector("#stage[data-drawn='scan']", timeout=60_000)
+        tab.page.wait_for_timeout(1500)
+        seen = tab.pixels("#stage")
+        assert int(((seen[..., 2] - seen[..., 0]) > 40).sum()) > 1000
+        assert tab.faults == []
+        assert [url for url in tab.asked if not url.startswith(("data:", "blob:", "file:"))] == []

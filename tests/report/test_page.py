@@ -19,6 +19,7 @@ from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap
 from medseg.evaluate.score import CaseMetrics
 from medseg.report import page
+from medseg.report import pictures as looks
 from medseg.report.overview import Run, overview
 from medseg.report.published import published
 from medseg.report.summary import summary
@@ -291,8 +292,8 @@ def test_maps_on_another_grid_are_refused_by_name():
 
 def test_pictures_lose_resolution_before_the_page_gets_too_large(monkeypatch):
     sharp = page.report(run())
-    monkeypatch.setattr(page, "_PICTURE_BYTES", 4000)
-    monkeypatch.setattr(page, "_SIDES", (512, 8))
+    monkeypatch.setattr(looks, "_PICTURE_BYTES", 4000)
+    monkeypatch.setattr(looks, "_SIDES", (512, 8))
     small = page.report(run())
     assert len(small) < len(sharp)
     assert read(small).faults == []
@@ -348,8 +349,8 @@ def test_scans_of_the_viewer_are_as_fine_as_the_page_allows(monkeypatch):
 
     fine = scan(page.report(run()))
     assert [label[:2] for label in fine["labels"]] == [[1, "liver"], [2, "spleen"]]
-    monkeypatch.setattr(page, "_SCAN_BYTES", 6000)
-    monkeypatch.setattr(page, "_VOXELS", (40_000, 2_000))
+    monkeypatch.setattr(looks, "_SCAN_BYTES", 6000)
+    monkeypatch.setattr(looks, "_VOXELS", (40_000, 2_000))
     coarse = scan(page.report(run()))
     assert len(coarse["image"]) < len(fine["image"]) / 4
 
