@@ -18,7 +18,19 @@ const style = () => {
     colours: Array.from({ length: 8 }, (_, n) => of(`--c${n}`)),
   };
 };
+// A plot is drawn when it comes near the screen, or on paper.
+const waiting = new Map();
+const near = new IntersectionObserver(seen => {
+  for (const { target } of seen.filter(one => one.isIntersecting)) { near.unobserve(target); waiting.get(target)?.(); waiting.delete(target); }
+}, { rootMargin: "400px" });
+addEventListener("beforeprint", () => { for (const begin of waiting.values()) begin(); waiting.clear(); });
 const paint = (element, option, open) => {
+  const plot = { redraw: () => {} };
+  waiting.set(element, () => begin(plot, element, option, open));
+  near.observe(element);
+  return plot;
+};
+const begin = (plot, element, option, open) => {
   const chart = echarts.init(element, null, { renderer: "canvas", devicePixelRatio: Math.max(2, devicePixelRatio) });
   const redraw = () => {
     const look = style();
@@ -29,8 +41,9 @@ const paint = (element, option, open) => {
     }, true);
   };
   redraw();
-  if (open) chart.on("click", event => event.data?.row !== undefined && show(data.rows[event.data.row]));
-  charts.push({ chart, redraw });
+  if (open) chart.on("click", event => event.seriesType === "scatter" && show(data.rows[event.value[2]]));
+  plot.redraw = redraw;
+  charts.push(plot);
   new ResizeObserver(() => chart.resize()).observe(element);
 };
 const axis = (look, name, more = {}) => ({
@@ -71,7 +84,7 @@ const distributions = () => {
     data.rows.forEach((row, n) => {
       if (row[at] === null || (length && unmeasured(row))) return;
       const line = row[ORGAN] * present.length + present.indexOf(row[CONFIGURATION]);
-      found[line].push({ value: [row[at], line + .62 * spread(row[CASE] + 1)], row: n });
+      found[line].push([row[at], line + .62 * spread(row[CASE] + 1), n]);
     });
     const name = line => present.length > 1
       ? `${data.organs[line.organ]} · ${data.configurations[line.configuration]}` : data.organs[line.organ];
@@ -89,21 +102,22 @@ const distributions = () => {
       tooltip: {
         confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink },
         formatter: one => one.seriesType !== "scatter" ? safe(`${one.name}: median ${told(one.value[3], digits)}`)
-          : safe(`${said(data.rows[one.data.row])}: ${told(one.value[0], digits)} ${unit}`),
+          : safe(`${said(data.rows[one.value[2]])}: ${told(one.value[0], digits)} ${unit}`),
       },
       series: [
         { type: "boxplot", z: 1, boxWidth: ["50%", "80%"],
-          data: found.map((points, n) => points.length ? { value: box(points.map(p => p.value[0])),
+          data: found.map((points, n) => points.length ? { value: box(points.map(p => p[0])),
             itemStyle: { color: "transparent", borderColor: colour(lines[n]), borderWidth: 1.5 } } : { value: [] }) },
-        { type: "scatter", yAxisIndex: 1, z: 2, symbolSize: data.rows.length > 4000 ? 5 : 8, progressive: 4000,
-          itemStyle: { opacity: .6 },
-          data: found.flatMap((points, n) => points.map(p => ({ ...p, itemStyle: { color: colour(lines[n]) } }))) },
+        ...present.map((configuration, n) => ({
+          type: "scatter", yAxisIndex: 1, z: 2, symbolSize: data.rows.length > 4000 ? 5 : 8, progressive: 4000,
+          itemStyle: { opacity: .6, color: look.colours[configuration % 8] },
+          data: found.flatMap((points, line) => line % present.length === n ? points : []),
+        })),
       ],
     };
   };
   height();
-  paint(place, option, true);
-  const mine = charts[charts.length - 1];
+  const mine = paint(place, option, true);
   const count = () => {
     const length = ["mm", "%"].includes(data.columns[column(which.value) - FIRST].unit), missing = data.rows.filter(unmeasured);
     byId("unmeasured").textContent = length && missing.length
@@ -145,10 +159,11 @@ const calibration = () => {
     grid: { left: 62, right: 20, top: 12, bottom: 46 },
     xAxis: axis(look, "predicted Dice", { min: least, max: 1 }), yAxis: axis(look, "Dice", { min: least, max: 1, nameGap: 40 }),
     tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink },
-      formatter: p => p.data.row === undefined ? "" : safe(`${said(data.rows[p.data.row])}: ${told(p.value[1], 3)}, predicted ${told(p.value[0], 3)}`) },
-    series: [diagonal(look), { type: "scatter", symbolSize: 7, itemStyle: { opacity: .65 }, progressive: 4000,
-      data: data.rows.flatMap((row, n) => row[EXPECTED] === null || row[dice] === null ? []
-        : [{ value: [row[EXPECTED], row[dice]], row: n, itemStyle: { color: look.colours[row[CONFIGURATION] % 8] } }]) }],
+      formatter: p => p.value.length < 3 ? "" : safe(`${said(data.rows[p.value[2]])}: ${told(p.value[1], 3)}, predicted ${told(p.value[0], 3)}`) },
+    series: [diagonal(look), ...data.configurations.map((_, configuration) => ({
+      type: "scatter", symbolSize: 7, progressive: 4000, itemStyle: { opacity: .65, color: look.colours[configuration % 8] },
+      data: data.rows.flatMap((row, n) => row[CONFIGURATION] !== configuration || row[EXPECTED] === null || row[dice] === null
+        ? [] : [[row[EXPECTED], row[dice], n]]) }))],
   }), true);
   const bins = byId("reliability");
   if (bins) paint(bins, look => ({
@@ -169,7 +184,7 @@ const volumes = () => {
   if (!place || !data.agreement.length) return;
   data.agreement.forEach((one, n) => which.append(make("option", data.configurations.length > 1
     ? `${one.name} · ${one.configuration}` : one.name, { value: n })));
-  paint(place, look => {
+  const mine = paint(place, look => {
     const one = data.agreement[which.value], organ = data.organs.indexOf(one.name);
     const configuration = data.configurations.indexOf(one.configuration);
     const line = (value, text) => ({ yAxis: value, label: { formatter: text, color: look.soft, position: "insideEndTop" } });
@@ -179,16 +194,15 @@ const volumes = () => {
         nameGap: 54, min: r => Math.min(r.min, one.low), max: r => Math.max(r.max, one.high),
         axisLabel: { color: look.soft, formatter: v => Number(v.toPrecision(3)).toString() } }),
       tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink }, formatter: p =>
-        p.data.row === undefined ? "" : safe(`${said(data.rows[p.data.row])}: ${told(data.rows[p.data.row][PREDICTED], 2)} ml, reference ${told(data.rows[p.data.row][REFERENCE], 2)} ml`) },
+        p.value.length < 3 ? "" : safe(`${said(data.rows[p.value[2]])}: ${told(data.rows[p.value[2]][PREDICTED], 2)} ml, reference ${told(data.rows[p.value[2]][REFERENCE], 2)} ml`) },
       series: [{ type: "scatter", symbolSize: 8, itemStyle: { opacity: .65, color: look.colours[configuration % 8] },
         markLine: { silent: true, symbol: "none", lineStyle: { color: look.soft, type: "dashed" }, data: [
           line(one.bias, `mean ${told(one.bias, 2)} ml`), line(one.low, `95 % from ${told(one.low, 2)}`), line(one.high, `to ${told(one.high, 2)} ml`)] },
         data: data.rows.flatMap((row, n) => row[ORGAN] !== organ || row[CONFIGURATION] !== configuration || row[STATUS] === "both empty"
-          ? [] : [{ value: [(row[REFERENCE] + row[PREDICTED]) / 2, row[PREDICTED] - row[REFERENCE]], row: n }]) }],
+          ? [] : [[(row[REFERENCE] + row[PREDICTED]) / 2, row[PREDICTED] - row[REFERENCE], n]]) }],
     };
   }, true);
-  const mine = charts[charts.length - 1];
-  which.addEventListener("change", mine.redraw);
+  which.addEventListener("change", () => mine.redraw());
 };
 
 // ---- tables

@@ -121,11 +121,11 @@ def near(pixels: np.ndarray, rgb: tuple[int, int, int], reach: int = 40) -> int:
 
 def test_it_opens_from_disk_and_asks_for_nothing(browser: Any, file: Path) -> None:
     with Tab(browser, file) as tab:
-        tab.page.wait_for_timeout(500)
+        assert tab.page.title() == "A made-up run"
+        tab.page.locator("#distribution").scroll_into_view_if_needed()
+        tab.page.wait_for_selector("#distribution canvas")
         assert tab.faults == []
         assert [url for url in tab.asked if not url.startswith(("data:", "blob:"))] == [file.as_uri()]
-        assert tab.page.title() == "A made-up run"
-        assert tab.page.locator("#distribution canvas").count() == 1
         assert tab.page.evaluate("document.querySelectorAll('img').length") == 0
 
 
@@ -185,11 +185,13 @@ def test_a_case_without_a_scan_still_tells(browser: Any, file: Path) -> None:
 
 def test_a_point_of_a_plot_opens_its_case(browser: Any, file: Path) -> None:
     with Tab(browser, file) as tab:
+        tab.page.locator("#distribution").scroll_into_view_if_needed()
+        tab.page.wait_for_selector("#distribution canvas")
         place = tab.page.evaluate(
             """() => { const chart = echarts.getInstanceByDom(document.getElementById("distribution"));
             const point = chart.getOption().series[1].data[0];
-            const [x, y] = chart.convertToPixel({ xAxisIndex: 0, yAxisIndex: 1 }, point.value);
-            return [x, y, data.cases[data.rows[point.row][0]]]; }"""
+            const [x, y] = chart.convertToPixel({ xAxisIndex: 0, yAxisIndex: 1 }, point);
+            return [x, y, data.cases[data.rows[point[2]][0]]]; }"""
         )
         tab.page.locator("#distribution canvas").click(position={"x": place[0], "y": place[1]})
         assert tab.page.inner_text("#viewer-title").endswith("· 3d")
