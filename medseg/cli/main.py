@@ -20,6 +20,7 @@ from medseg.cli.phantom import phantom
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
 from medseg.cli.preprocess import preprocess
+from medseg.cli.preview import preview
 from medseg.cli.report import report
 from medseg.cli.train import train
 from medseg.core.errors import MedsegError
@@ -33,6 +34,7 @@ def cli() -> None:
     \b
     A scan in, a label map out:   inspect, predict, convert
     A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, compare, choose, report
+    A picture of a scan:          preview
     Models of nnU-Net and others: models
     Data with known truth:        phantom
 
@@ -40,7 +42,22 @@ def cli() -> None:
     """
 
 
-VERBS = (inspect, convert, check, plan, preprocess, train, predict, evaluate, compare, choose, report, models, phantom)
+VERBS = (
+    inspect,
+    convert,
+    preview,
+    check,
+    plan,
+    preprocess,
+    train,
+    predict,
+    evaluate,
+    compare,
+    choose,
+    report,
+    models,
+    phantom,
+)
 for command in VERBS:
     cli.add_command(command)
 

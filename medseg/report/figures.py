@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.look import seen
-from medseg.core.resample import resample
+from medseg.core.resample import crop
 from medseg.core.volume import LabelMap, Volume
 
 _CURVE_POINTS = 300
 # What surrounds the organs in a picture, in mm: enough to know the place.
 _MARGIN_MM = 30.0
+# So many voxels tell the range of all, and fewer than so many tell none.
+_ENOUGH, _FEW = 2**24, 20
 _VIEWS = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
 
 
@@ -90,53 +92,74 @@ class Crop:
 
 def cropped(image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: LabelMap) -> Crop:
     """What is to be seen of ``image`` (X, Y, Z). Raises InputError where the label maps do not lie on its grid."""
-    for which, labels in (("reference", reference), ("prediction", prediction)):
-        if not labels.grid.matches(grid):
-            raise InputError(f"the {which} does not lie on the image's grid", "Give maps on the scan's own grid")
-    upright = grid.reoriented()
-    window = _around(resample(reference, upright), resample(prediction, upright), upright)
-    truth, guess = resample(reference, window).values, resample(prediction, window).values
-    values = resample(Volume(image[None], grid), window).values[0]
-    return Crop(window, _grey(values, truth), truth, guess)
+    part, values, truth, guess = _part(image, grid, reference, prediction, 0.0)
+    return Crop(part, _grey(values, *_window(values, truth)), truth, guess)
 
 
-def planes(image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: LabelMap) -> tuple[Plane, Plane, Plane]:
+def planes(
+    image: NDArray[Any],
+    grid: Grid,
+    reference: LabelMap,
+    prediction: LabelMap | None = None,
+    *,
+    roomy: float = 0.0,
+    window: tuple[float, float] | None = None,
+) -> tuple[Plane, Plane, Plane]:
     """The axial, coronal and sagittal plane of ``image`` (X, Y, Z) that show most of the organs.
 
     Radiological convention: the patient's right is on the left of the picture, anterior on top of
     the axial and on the left of the sagittal plane, superior on top. However the voxels are
     stored, the picture is the same; an oblique grid is cut along its own axes. The pictures hold
-    the labelled region and 30 mm around it.
+    the labelled region and 30 mm around it, or ``roomy`` times its longest side where that is more. ``window`` holds
+    the intensities that become black and white; unless given, the organs decide. Where there is one label map only, it
+    is the prediction too.
 
     Raises InputError where the label maps do not lie on the image's grid.
     """
-    seen_there = cropped(image, grid, reference, prediction)
-    window, grey, truth, guess = seen_there.grid, seen_there.grey, seen_there.reference, seen_there.prediction
+    part, values, truth, guess = _part(image, grid, reference, prediction or reference, roomy)
+    low, high = window or _window(values, truth)
     shown = []
     for name, normal, letters in _VIEWS:
         at = _fullest(truth if truth.any() else guess, normal)
-        centre = (np.asarray(window.shape) - 1) / 2
+        centre = (np.asarray(part.shape) - 1) / 2
         centre[normal] = at
         across, up = (a for a in range(3) if a != normal)
-        cut, true, guessed = (seen(v, normal, at) for v in (grey, truth, guess))
-        size = (window.spacing[up], window.spacing[across])
-        shown.append(Plane(name, cut, true, guessed, size, letters, float(window.to_world(centre)[normal])))
+        cut, true, guessed = (seen(v, normal, at) for v in (values, truth, guess))
+        size = (part.spacing[up], part.spacing[across])
+        where = float(part.to_world(centre)[normal])
+        shown.append(Plane(name, _grey(cut, low, high), true, guessed, size, letters, where))
     return shown[0], shown[1], shown[2]
 
 
-def _around(reference: LabelMap, prediction: LabelMap, grid: Grid) -> Grid:
-    """The part of ``grid`` that holds both foregrounds and a margin; all of it where there is none."""
-    labelled = (reference.values > 0) | (prediction.values > 0)
-    if not labelled.any():
-        return grid
-    start, shape = [], []
-    for a in range(3):
-        hit = np.flatnonzero(labelled.any(axis=tuple(b for b in range(3) if b != a)))
-        margin = math.ceil(_MARGIN_MM / grid.spacing[a])
-        first, end = max(int(hit[0]) - margin, 0), min(int(hit[-1]) + 1 + margin, grid.shape[a])
-        start.append(first)
-        shape.append(end - first)
-    return grid.window(start, (shape[0], shape[1], shape[2]))
+def _part(
+    image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: LabelMap, roomy: float
+) -> tuple[Grid, NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The upright grid of what is to be seen, and its intensities and both label maps' numbers (X, Y, Z), which share
+    the memory of what was given."""
+    for which, labels in (("reference", reference), ("prediction", prediction)):
+        if not labels.grid.matches(grid):
+            raise InputError(f"the {which} does not lie on the image's grid", "Give maps on the scan's own grid")
+    upright = grid.reoriented()
+    values, truth, guess = (
+        crop(Volume(one[None], grid), upright).values[0] for one in (image, reference.values, prediction.values)
+    )
+    box = _around(truth, guess, upright.spacing, roomy)
+    part = upright.window([one.start or 0 for one in box], values[box].shape)
+    return part, values[box], truth[box], guess[box]
+
+
+def _around(truth: NDArray[Any], guess: NDArray[Any], spacing: Sequence[float], roomy: float) -> tuple[slice, ...]:
+    """The part of label maps (X, Y, Z) that holds both foregrounds and a margin; all where there is none."""
+    labelled = (truth > 0) | (guess > 0)
+    hits = [np.flatnonzero(labelled.any(axis=tuple(b for b in range(3) if b != a))) for a in range(3)]
+    if not len(hits[0]):
+        return (slice(None),) * 3
+    ends = [(int(hit[0]), int(hit[-1]) + 1) for hit in hits]
+    margin = max(
+        _MARGIN_MM, roomy * max((end - first) * step for (first, end), step in zip(ends, spacing, strict=True))
+    )
+    room = [math.ceil(margin / step) for step in spacing]
+    return tuple(slice(max(first - more, 0), end + more) for (first, end), more in zip(ends, room, strict=True))
 
 
 def _fullest(labels: NDArray[Any], normal: int) -> int:
@@ -144,21 +167,28 @@ def _fullest(labels: NDArray[Any], normal: int) -> int:
     their largest area in any, so that a small organ weighs as much as a large one."""
     stack = np.moveaxis(labels, normal, 0)
     most = int(labels.max(initial=0)) + 1
-    areas = np.stack([np.bincount(plane.ravel().astype(np.intp), minlength=most)[1:] for plane in stack])
+    areas = np.stack([np.bincount(plane.ravel(order="K").astype(np.intp), minlength=most)[1:] for plane in stack])
     if not areas.any():
         return len(stack) // 2
     return int(np.argmax((areas / np.maximum(areas.max(axis=0), 1)).sum(axis=1)))
 
 
-def _grey(values: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Intensities as grey: the range of the organs and as much on either side, so that soft tissue
-    keeps its contrast beside air, bone and metal."""
-    known = np.nan_to_num(np.asarray(values, dtype=np.float32))
-    organs = known[labels > 0]
-    low, high = np.percentile(organs if organs.size else known, (1, 99))
-    if organs.size:
+def _window(values: NDArray[Any], labels: NDArray[Any]) -> tuple[float, float]:
+    """The intensities that become black and white: the range of the organs and as much on either side, so that
+    soft tissue keeps its contrast beside air, bone and metal. Of a large scan some voxels speak for all."""
+    step = max(1, math.ceil((values.size / _ENOUGH) ** (1 / 3)))
+    some = (slice(None, None, step),) * 3
+    known, where = np.nan_to_num(np.asarray(values[some], dtype=np.float32)), labels[some] > 0
+    organs = known[where]
+    low, high = np.percentile(organs if organs.size >= _FEW else known, (1, 99))
+    if organs.size >= _FEW:
         low, high = low - (high - low), high + (high - low)
-    low, high = max(float(low), float(known.min())), min(float(high), float(known.max()))
+    return max(float(low), float(known.min())), min(float(high), float(known.max()))
+
+
+def _grey(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Intensities as grey, from black at ``low`` to white at ``high``."""
+    known = np.nan_to_num(np.asarray(values, dtype=np.float32))
     scaled = (known - low) / (high - low) if high > low else np.zeros_like(known)
     return np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), dtype=np.uint8)
 
@@ -193,8 +223,14 @@ def shrunk(grey: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], int]:
 
 def png(grey: NDArray[np.uint8]) -> str:
     """A grey picture (rows, columns) as the data URI of an 8-bit PNG."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(grey, tight=True)).decode("ascii")
+
+
+def png_bytes(picture: NDArray[np.uint8], *, tight: bool = False) -> bytes:
+    """A grey picture (rows, columns) or one of colours (rows, columns, 3) as an 8-bit PNG, and nothing beside it.
+    ``tight`` takes five times as long to save a twentieth."""
     from PIL import Image
 
     data = io.BytesIO()
-    Image.fromarray(grey).save(data, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    Image.fromarray(picture).save(data, "PNG", optimize=tight)
+    return data.getvalue()

@@ -28,6 +28,7 @@ def test_the_verbs() -> None:
         "plan",
         "predict",
         "preprocess",
+        "preview",
         "report",
         "train",
     ]

@@ -121,15 +121,25 @@ def test_grey_keeps_the_contrast_of_organs_beside_metal():
     labels = np.zeros((4, 4, 4), np.uint8)
     labels[1:3] = 1
     values[1], values[2] = 0, 100
-    grey = figures._grey(values, labels)
+    grey = figures._grey(values, *figures._window(values, labels))
     assert grey[0].min() == 255
     assert grey[3].max() == 0
     assert int(grey[2, 0, 0]) - int(grey[1, 0, 0]) == pytest.approx(85, abs=1)
 
 
 def test_grey_of_what_is_flat_or_not_a_number():
-    assert not figures._grey(np.ones((2, 2, 2)), np.zeros((2, 2, 2), np.uint8)).any()
-    assert figures._grey(np.full((2, 2, 2), np.nan), np.zeros((2, 2, 2), np.uint8)).dtype == np.uint8
+    nothing = np.zeros((2, 2, 2), np.uint8)
+    for values in (np.ones((2, 2, 2)), np.full((2, 2, 2), np.nan)):
+        grey = figures._grey(values, *figures._window(values, nothing))
+        assert grey.dtype == np.uint8
+        assert not grey.any()
+
+
+def test_a_window_that_is_given_is_kept():
+    image, labels = scene()
+    axial = figures.planes(image, RAS, labels, window=(0, 200))[0]
+    np.testing.assert_array_equal(axial.grey[axial.reference > 0], 64)  # 50 of 200
+    np.testing.assert_array_equal(axial.prediction, axial.reference)
 
 
 def test_outline_of_one_pixel_is_the_diamond_around_its_centre():
