@@ -13,7 +13,7 @@ from medseg.cli.common import FOLDER, RunFolder
 if TYPE_CHECKING:
     from medseg.dataset.task import Task
     from medseg.plan.plan import Plan
-    from medseg.report.page import Curve, Decision, Flagged, Kind, Overlay, RunPage
+    from medseg.report.page import Counted, Curve, Decision, Flagged, Kind, Overlay, RunPage
     from medseg.report.tables import Scored
 
 
@@ -74,6 +74,7 @@ def _page(folder: RunFolder) -> tuple[RunPage, dict[str, Any]]:
         curves=curves,
         overlays=tuple(_overlays(folder, task, scored, flagged)),
         flagged=flagged,
+        counted=tuple(_counted(folder, plan)),
         published=published(
             task.name,
             cases=len(task.cases),
@@ -90,6 +91,7 @@ def _page(folder: RunFolder) -> tuple[RunPage, dict[str, Any]]:
         "warnings": list(page.warnings),
         "decisions": [asdict(one) for one in page.decisions],
         "flagged": [asdict(one) for one in flagged],
+        "counted": [asdict(one) for one in page.counted],
         "published": [asdict(one) for one in page.published],
     }
     return page, about
@@ -184,6 +186,14 @@ def _flagged(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[Flagged]
             if why := flags_in(path):
                 found.append((dice.get(case, 2.0), Flagged(one.configuration, case, why)))
     yield from (flagged for _, flagged in sorted(found, key=lambda pair: (pair[0], pair[1].case)))
+
+
+def _counted(folder: RunFolder, plan: Plan) -> Iterator[Counted]:
+    from medseg.evaluate.instances import from_json
+    from medseg.report.page import Counted
+
+    for configuration, fold, document in _folds(folder, plan, "instances.json"):
+        yield Counted(configuration, fold, tuple(from_json(document)))
 
 
 def _curves(folder: RunFolder, plan: Plan) -> Iterator[Curve]:

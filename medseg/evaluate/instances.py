@@ -236,6 +236,20 @@ def to_json(summaries: Sequence[InstanceSummary], *, provenance: Mapping[str, An
     }
 
 
+def from_json(document: Any) -> list[InstanceSummary]:
+    """The summaries of a document that `to_json` wrote. InputError for anything else."""
+    try:
+        if document["format"] != FORMAT_VERSION:
+            raise ValueError(f"format {document['format']!r}")
+        curves = [row["sensitivities"] for row in document["summary"]]
+        return [
+            InstanceSummary(**row | {"sensitivities": None if curve is None else tuple(map(float, curve))})
+            for row, curve in zip(document["summary"], curves, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the scores of instances are not sound ({error!r})", "Score the cases again") from None
+
+
 def _shared(prediction: InstanceMap, reference: InstanceMap) -> dict[tuple[int, int], float]:
     """The IoU of each two numbers, the prediction's first, that share a voxel."""
     both = (prediction.values > 0) & (reference.values > 0)

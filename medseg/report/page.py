@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from medseg.core.grid import Grid
 from medseg.core.look import COLOURS
 from medseg.core.volume import LabelMap
+from medseg.evaluate.instances import InstanceSummary
 from medseg.evaluate.score import NOTHING, CaseMetrics, summarise
 from medseg.evaluate.statistics import agreement, intervals
 from medseg.models.evaluation import Figure
@@ -95,6 +96,15 @@ class Flagged:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """How the things of one fold were found, one by one."""
+
+    configuration: str
+    fold: int
+    summaries: tuple[InstanceSummary, ...]
+
+
+@dataclass(frozen=True)
 class Published:
     """What others report of the task: mean Dice of its labels in order, or of all together. ``alike`` says that the
     protocol is this run's."""
@@ -125,6 +135,7 @@ class RunPage:
     curves: tuple[Curve, ...] = ()
     overlays: tuple[Overlay, ...] = ()
     flagged: tuple[Flagged, ...] = ()
+    counted: tuple[Counted, ...] = ()
     published: tuple[Published, ...] = ()
     provenance: Mapping[str, str] | None = None
     commands: tuple[str, ...] = ()
@@ -180,6 +191,7 @@ def report(run: RunPage) -> str:
         "organs": [_organ_table(name, rows, sure[name]) for name, rows in groups.items()],
         "scored_folds": {name: len({s.fold for s in run.scored if s.configuration == name}) for name in groups},
         "folds": _fold_table(run.scored),
+        "counted": sorted(run.counted, key=lambda c: (c.configuration, c.fold)),
         "rows": len(data["rows"]),
         "rows_in_all": sum(len(s.rows) for s in run.scored),
         "standing": [_standing(c) for c in sorted(run.curves, key=lambda c: (c.configuration, c.fold)) if c.records],

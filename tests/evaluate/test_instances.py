@@ -21,6 +21,7 @@ from medseg.evaluate.instances import (
     FALSE_POSITIVES,
     Matches,
     counting,
+    from_json,
     hits_at,
     match,
     pairs_at,
@@ -269,6 +270,10 @@ def test_as_text_and_json() -> None:
         ("missed", "cyst", ""),
     ]
     document = json.loads(json.dumps(to_json(summarise(records), provenance={"task": "T"}), allow_nan=False))
+    assert from_json(document) == summarise(records)
+    for broken in ({}, [], document | {"format": 9}, document | {"summary": [{}]}):
+        with pytest.raises(InputError, match="not sound"):
+            from_json(broken)
     assert [(one["name"], one["iou"]) for one in document["summary"]] == [
         (name, iou) for name in ("nodule", "cyst") for iou in (0.1, 0.3, 0.5)
     ] + [("mean", iou) for iou in (0.1, 0.3, 0.5)]

@@ -17,6 +17,7 @@ from medseg.core.errors import InputError
 from medseg.core.grid import Grid
 from medseg.core.labels import LabelSet
 from medseg.core.volume import LabelMap
+from medseg.evaluate.instances import InstanceSummary
 from medseg.evaluate.score import CaseMetrics
 from medseg.report import page
 from medseg.report import pictures as looks
@@ -363,6 +364,14 @@ def test_flags_and_published_results_are_told():
     assert "Another protocol than this run" in html
     alike = (dataclasses.replace(known[0], alike=True),)
     assert "Another protocol" not in page.report(run(published=alike))
+
+
+def test_things_that_are_counted_have_a_table():
+    one = InstanceSummary(1, "nodule", 0.1, 5, 9, 8, 7, 0.875, 0.778, 0.824, 0.7, 0.58, 0.75, 0.6, (0.5,) * 7)
+    html = page.report(run(counted=(page.Counted("3d", 0, (one,)),)))
+    assert "Things, one by one" in html
+    assert "<td>0.778</td>" in html
+    assert "Things, one by one" not in page.report(run())
 
 
 def test_published_results_are_alike_only_under_the_same_protocol():
