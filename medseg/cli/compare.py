@@ -120,7 +120,9 @@ def _show_two(runs: list[str], lines: Sequence[Difference], cases: Sequence[Chan
 
 
 def _show_many(ranking: Ranking, behind: Mapping[str, Difference]) -> None:
-    shown = [["rank", "run", ranking.field, "ranks (95 %)", "first in", "mean rank of cases", "to the first", "p"]]
+    shown = [
+        ["rank", "run", ranking.field, "ranks (95 %)", "first in", "mean rank of cases", "to the first", "p (alone)"]
+    ]
     for one in ranking.places:
         line = behind.get(one.run)
         away = (str(line.change or "-"), _p(line.p)) if line else ("", "")

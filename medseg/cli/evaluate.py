@@ -132,6 +132,8 @@ def evaluate(
     folder = output or predictions
     cuts = tuple(sorted(set(ious))) or things.IOUS
     summaries = things.summarise(matches, ious=cuts)
+    for stale in ("instances.csv", "instances.json", "calibration.json"):
+        (folder / stale).unlink(missing_ok=True)  # of an earlier scoring
     if counted:
         document["instances"] = things.to_json(summaries, provenance={"task": reference.name})
         write_text(folder / "instances.csv", things.to_csv(things.rows(matches, iou=cuts[0])))
@@ -145,7 +147,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(document))
         return
-    _show(summarise(rows), rows, intervals(rows))
+    _show(summarise(rows), rows, intervals(rows, ("dice",)))
     if summaries:
         click.echo()
         _show_instances(summaries)
@@ -171,7 +173,8 @@ def _index(predictions: Path, task: Task, *, partial: bool) -> dict[str, Path]:
                     "Name each as its case, with or without _seg",
                 )
             if not partial:
-                fault = f"{count(len(missing), 'case')} of {task.name} has no prediction, like {missing[0]}"
+                has = "has" if len(missing) == 1 else "have"
+                fault = f"{count(len(missing), 'case')} of {task.name} {has} no prediction, like {missing[0]}"
                 raise InputError(fault, "Predict them too, or score the others with --partial")
     for case in index:
         task.case(case)

@@ -28,10 +28,14 @@ _FLAGGED = 6
 def report(runs: tuple[Path, ...], output: Path | None, pdf: bool) -> None:
     """Draw one HTML page of RUN: scores, distributions, learning curves, cases; of several runs one over all tasks.
 
-    Beside it stand the same numbers as report.json, metrics.csv and report.md (a table for a paper). The page opens
-    from disk and loads nothing.
+    Beside it stand the same numbers as report.json, metrics.csv and report.md (a table for a paper), or with -o x.html
+    as x.json, x.csv and x.md. The page opens from disk and loads nothing.
     """
+    if output and output.suffix != ".html":
+        raise click.BadParameter("a page's name ends in .html", param_hint="--output")
     if len(runs) > 1:
+        if pdf:
+            raise click.UsageError("--pdf goes with one run")
         _over_all(runs, output or Path("report.html"))
         return
     from medseg.io.files import write_bytes, write_json, write_text
@@ -42,7 +46,7 @@ def report(runs: tuple[Path, ...], output: Path | None, pdf: bool) -> None:
     path = output or runs[0] / "report.html"
     write_text(path, draw(page))
     write_text(path.with_suffix(".md"), to_markdown(page.scored))
-    write_text(path.with_name("metrics.csv"), to_csv(page.scored))
+    write_text(path.with_suffix(".csv") if output else path.with_name("metrics.csv"), to_csv(page.scored))
     write_json(path.with_suffix(".json"), to_json(page.scored, about))
     if pdf:
         from medseg.report.summary import summary
@@ -51,8 +55,8 @@ def report(runs: tuple[Path, ...], output: Path | None, pdf: bool) -> None:
     click.echo(path)
 
 
-def _page(folder: RunFolder) -> tuple[RunPage, dict[str, Any]]:
-    """All that the page of a run shows, and what a program reads of it."""
+def _page(folder: RunFolder, *, pictures: bool = True) -> tuple[RunPage, dict[str, Any]]:
+    """All that the page of a run shows, and what a program reads of it; without ``pictures`` no scan is read."""
     from dataclasses import asdict
 
     from medseg.report.page import RunPage
@@ -62,7 +66,8 @@ def _page(folder: RunFolder) -> tuple[RunPage, dict[str, Any]]:
     folds = folder.folds(task)
     scored, curves = tuple(_scored(folder, plan)), tuple(_curves(folder, plan))
     flagged = tuple(_flagged(folder, scored))
-    done = {one.configuration: {s.fold for s in scored if s.configuration == one.configuration} for one in scored}
+    done = {one.configuration: [s.fold for s in scored if s.configuration == one.configuration] for one in scored}
+    cases = [len({r.case for s in scored if s.configuration == name for r in s.rows}) for name in done]
     page = RunPage(
         title=task.title,
         task=task.name,
@@ -72,13 +77,13 @@ def _page(folder: RunFolder) -> tuple[RunPage, dict[str, Any]]:
         decisions=(*_chosen(folder), *_decisions(plan)),
         scored=scored,
         curves=curves,
-        overlays=tuple(_overlays(folder, task, scored, flagged)),
+        overlays=tuple(_overlays(folder, task, scored, flagged)) if pictures else (),
         flagged=flagged,
         counted=tuple(_counted(folder, plan)),
         published=published(
             task.name,
-            cases=len(task.cases),
-            all_folds=len(folds) == 5 and any(len(those) == 5 for those in done.values()),
+            cases=min(cases, default=0),
+            all_folds=len(folds) == 5 and all(len(one) == 5 for one in done.values()),
             by_subject=len({case.subject for case in task.cases}) < len(task.cases),
         ),
         provenance=_provenance(folder, task, plan, scored),
@@ -100,15 +105,17 @@ def _page(folder: RunFolder) -> tuple[RunPage, dict[str, Any]]:
 def _over_all(runs: tuple[Path, ...], path: Path) -> None:
     """One page over several runs, which links to theirs."""
     import os
+    from urllib.parse import quote
 
     from medseg.io.files import write_text
     from medseg.report.overview import Run, overview
 
     told = []
     for run in runs:
-        page, _ = _page(RunFolder(run))
+        page, _ = _page(RunFolder(run), pictures=False)
         theirs = run / "report.html"
-        link = Path(os.path.relpath(theirs, path.parent)).as_posix() if theirs.exists() else None
+        # From "./" on, whatever a folder is called.
+        link = f"./{quote(Path(os.path.relpath(theirs, path.parent)).as_posix())}" if theirs.exists() else None
         told.append(Run(page, link))
     write_text(path, overview(told))
     click.echo(path)
@@ -208,7 +215,9 @@ def _overlays(
 ) -> Iterator[Overlay]:
     """Best, median and worst case of each configuration, and those that are flagged, read anew from their files."""
     from medseg.dataset.task import load_case
+    from medseg.evaluate.score import require_grid
     from medseg.io.sidecar import read_prediction
+    from medseg.report.figures import trimmed
     from medseg.report.page import Overlay, case_dice, pick_cases
 
     for configuration in dict.fromkeys(one.configuration for one in scored):
@@ -222,17 +231,10 @@ def _overlays(
             if case not in index:
                 continue
             volume, reference = load_case(task, task.case(case))
-            yield Overlay(
-                case=case,
-                configuration=configuration,
-                kind=kind,
-                image=volume.values[0],
-                grid=volume.grid,
-                reference=reference,
-                prediction=read_prediction(index[case], task.labels, case),
-                dice=dice.get(case),
-                why=why.get(case, ()),
-            )
+            prediction = read_prediction(index[case], task.labels, case)
+            require_grid(prediction.grid, volume.grid, case)
+            seen = trimmed(volume.values[0], volume.grid, reference, prediction)
+            yield Overlay(case, configuration, kind, *seen, dice.get(case), why.get(case, ()))
 
 
 def _chosen(folder: RunFolder) -> Iterator[Decision]:

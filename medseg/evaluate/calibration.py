@@ -1,7 +1,8 @@
 """Whether probabilities mean what they say: of the voxels given 80 %, are 80 in 100 right?
 
-Each label is looked at by itself, in the voxels that have it in the reference or a probability of it of at least
-`LEAST`: all others would agree, and drown what there is to see.
+Each label is looked at by itself, in the voxels that are given it with a probability of at least `LEAST`: the many
+others would drown what there is to see. (To add those that have the label all the same would make the least bin look
+wrong by its choice.)
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def sums(probabilities: Volume, reference: LabelMap, *, case: str, ignored: int 
     found = {}
     for label, shares in zip(labels, probabilities.values[1:], strict=True):
         truth = reference.values == label.number
-        there = truth | (shares >= LEAST)
+        there = shares >= LEAST
         if counts is not None:
             there &= counts
         p, right = shares[there].astype(np.float64), truth[there]

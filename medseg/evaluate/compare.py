@@ -1,12 +1,14 @@
 """Runs on the same cases, side by side: is one better, of which organs, and how sure is their order?
 
-Subjects are what is compared: where one has several cases, their mean counts. A structure that neither the
+Means are over cases, as everywhere. Whether they differ is asked of subjects: where one has several cases, the mean of
+their differences counts once, and intervals are over draws of subjects. A structure that neither the
 reference nor a run has is right, and counts in pairs as an overlap of 1 and a distance of 0 where another run
 invents it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.core.errors import InputError
 from medseg.core.words import count
-from medseg.evaluate.score import BOTH_EMPTY, DISTANCES, OVERLAPS, CaseMetrics
+from medseg.evaluate.score import BOTH_EMPTY, DISTANCES, NOTHING, OVERLAPS, CaseMetrics
 from medseg.evaluate.statistics import RESAMPLES, bootstrap, drawn_means, draws, mean_over_labels, table
 from medseg.models.evaluation import Figure
 
@@ -24,6 +26,8 @@ Float64 = NDArray[np.float64]
 # A reference of the same voxels has the same volume up to the rounding of a float in a file.
 _SAME_VOLUME = 1e-6
 _CHANGED = 10
+# Decimals of a difference: what is smaller is rounding.
+_ROUNDING = 9
 _TASK = "Compare runs that were scored against the same label maps"
 
 
@@ -31,7 +35,8 @@ _TASK = "Compare runs that were scored against the same label maps"
 class Difference:
     """A ``field`` of one label (``label`` None: of the mean over labels) in two runs, the first and the second.
 
-    ``change`` is the second less the first, with its bootstrap interval over subjects. ``p`` is that of Wilcoxon's
+    ``first`` and ``second`` are means over cases (of the labels' means, for the mean over labels), ``change`` is the
+    second less the first, with its bootstrap interval over subjects. ``p`` is that of Wilcoxon's
     signed rank test of the subjects' differences (two-sided, those that are zero split between both signs), and
     ``p_holm`` that after Holm's correction for the number of labels. ``effect`` is the matched-pairs
     rank-biserial correlation (Kerby 2014), -1 to 1 and positive where the second is better. ``better``, ``worse`` and
@@ -94,9 +99,16 @@ def paired(runs: Mapping[str, Sequence[CaseMetrics]], *, common: bool = False) -
     """The rows of the cases and labels that all runs have, in one order. ``common`` allows a run to have more.
 
     Raises InputError where runs have other cases or labels than the first, or other references (another volume of a
-    structure), and where they have none in common.
+    structure), where they were scored with other tolerances, where a run has a case twice, and where they have none in
+    common.
     """
     known = {run: {(row.case, row.label): row for row in rows} for run, rows in runs.items()}
+    for run, rows in runs.items():
+        if len(known[run]) != len(rows):
+            twice = next(key for key, times in Counter((row.case, row.label) for row in rows).items() if times > 1)
+            raise InputError(
+                f"{run} has label {twice[1]} twice", "Name one fold, or runs of folds apart", case=twice[0]
+            )
     shared = set.intersection(*(set(rows) for rows in known.values()))
     first, *others = known
     for run in others:
@@ -116,6 +128,9 @@ def paired(runs: Mapping[str, Sequence[CaseMetrics]], *, common: bool = False) -
                     f"{ours.name} has {ours.reference_mm3:g} mm3 in the reference of {first}, {theirs.reference_mm3:g}"
                 )
                 raise InputError(f"{fault} in that of {run}", _TASK, case=ours.case)
+            if ours.tolerance_mm != theirs.tolerance_mm:
+                fault = f"{ours.name} was scored at {ours.tolerance_mm:g} mm in {first}"
+                raise InputError(f"{fault}, at {theirs.tolerance_mm:g} in {run}", "Score with the same --tolerance")
     if not shared:
         raise InputError(f"{' and '.join(runs)} have no case in common", _TASK)
     order = sorted(shared)
@@ -130,9 +145,9 @@ def compare(first: Sequence[CaseMetrics], second: Sequence[CaseMetrics], field: 
     labels = {row.label: row.name for row in first}
     values = _values([first, second], field, list(labels))
     subjects = _owners(first)
-    lines = [_difference(None, "mean", field, np.stack([_over_labels(v) for v in values]), subjects)]
+    lines = [_difference(None, "mean", field, values, subjects)]
     lines += [
-        _difference(number, name, field, values[:, :, i], subjects) for i, (number, name) in enumerate(labels.items())
+        _difference(number, name, field, values[:, :, [i]], subjects) for i, (number, name) in enumerate(labels.items())
     ]
     tested = [i for i, line in enumerate(lines) if line.label is not None and line.p is not None]
     if tested:
@@ -172,7 +187,7 @@ def rank(
     values, owners = _values(rows, field, labels), np.asarray(_owners(rows[0]))
     counted = ~np.isnan(values).all(axis=(0, 2))
     if not counted.any():
-        raise InputError(f"no case has a {field}", _TASK)
+        raise InputError(f"no case has a {field}", "Compare by something that was measured")
     values, subjects = values[:, counted], owners[counted]
     sign = -1 if field in OVERLAPS else 1
     means = np.array([mean_over_labels(one) for one in values])
@@ -204,25 +219,26 @@ def rank(
 
 
 def _difference(label: int | None, name: str, field: str, values: Float64, subjects: Sequence[str]) -> Difference:
-    """The line of a label from its values (2, cases)."""
+    """The line of labels from their values (2, cases, labels)."""
     from scipy.stats import rankdata, wilcoxon
 
-    there = ~np.isnan(values).any(axis=0)
+    change = values[1] - values[0]
+    of_cases = _over_labels(change)
+    there = ~np.isnan(of_cases)
     owners = np.asarray(subjects)[there]
     names, owner = np.unique(owners, return_inverse=True)
     line = Difference(label, name, field, len(names), None, None, None, None, None, None, 0, 0, 0)
     if not len(names):
         return line
-    pairs = values[:, there]
-    steps = np.bincount(owner, pairs[1] - pairs[0]) / np.bincount(owner)
+    steps = np.round(np.bincount(owner, of_cases[there]) / np.bincount(owner), _ROUNDING)
     gains = steps if field in OVERLAPS else -steps
     ranks = rankdata(np.abs(gains))
     effect = float(ranks @ np.sign(gains) / ranks.sum()) if gains.any() else 0.0
     return replace(
         line,
-        first=float(pairs[0].mean()),
-        second=float(pairs[1].mean()),
-        change=bootstrap((pairs[1] - pairs[0])[:, None], owners.tolist()),
+        first=mean_over_labels(values[0]),
+        second=mean_over_labels(values[1]),
+        change=bootstrap(change, list(subjects)),
         p=float(wilcoxon(gains, zero_method="zsplit").pvalue) if gains.any() else 1.0,
         effect=effect,
         better=int((gains > 0).sum()),
@@ -251,11 +267,15 @@ def _values(runs: Sequence[Sequence[CaseMetrics]], field: str, labels: Sequence[
     place = {case: i for i, case in enumerate(dict.fromkeys(row.case for row in runs[0]))}
     column = {label: j for j, label in enumerate(labels)}
     known = np.asarray(~np.isnan(values).all(axis=0))
+    computed = np.zeros(values.shape, dtype=bool)
     for run, rows in enumerate(runs):
         for row in rows:
             at = place[row.case], column[row.label]
+            computed[run, *at] = row.status not in NOTHING
             if row.status == BOTH_EMPTY and known[at]:
                 values[run, *at] = best
+    if (computed & np.isnan(values) & known).any():
+        raise InputError(f"a label has a {field} in one run and none in another", "Score both with the same --tube")
     return values
 
 

@@ -7,6 +7,7 @@ and distances infinite.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,16 +26,18 @@ _TUBES = re.compile(
 )
 
 
-def boundary_iou(first: Mask, second: Mask, grid: Grid, width_mm: float) -> float:
+def boundary_iou(first: Mask, second: Mask, grid: Grid, width_mm: float, flat: Collection[int] = ()) -> float:
     """Intersection over union of what lies in each mask within ``width_mm`` of its border, 0 to 1: of large
     structures it sees what the overlap of their insides hides.
 
     A voxel counts where the middle of a voxel outside its mask is no farther than ``width_mm``, and the next
-    voxel along any axis is always near enough. What is beyond the image is outside. On a sheared grid the
+    voxel along any axis is always near enough. What is beyond the image is outside, but for the axes that are ``flat``:
+    along them the image is a single slice, and nothing ends. On a sheared grid the
     axes are taken to be at right angles. Cheng et al., "Boundary IoU", CVPR 2021.
     """
-    width = max(width_mm, *(step for step, n in zip(grid.spacing, grid.shape, strict=True) if n > 1), 0.0)
-    return iou(*(_border(np.asarray(mask, dtype=bool), grid, width) for mask in (first, second)))
+    spacing = [step for axis, step in enumerate(grid.spacing) if axis not in flat]
+    thin = [np.squeeze(np.asarray(mask, dtype=bool), axis=tuple(flat)) for mask in (first, second)]
+    return iou(*(_border(mask, spacing, max(width_mm, *spacing)) for mask in thin))
 
 
 def centroid_distance(first: Mask, second: Mask, grid: Grid) -> float:
@@ -66,11 +69,11 @@ def tubes(labels: LabelSet) -> frozenset[int]:
     return frozenset(label.number for label in labels if _TUBES.search(label.name.replace("_", " ")))
 
 
-def _border(mask: Mask, grid: Grid, width_mm: float) -> Mask:
+def _border(mask: Mask, spacing: Sequence[float], width_mm: float) -> Mask:
     import edt
 
     # One voxel around, for the library's own border is half a voxel away.
-    depth = edt.edt(np.pad(mask, 1), anisotropy=grid.spacing)[(slice(1, -1),) * 3]
+    depth = edt.edt(np.pad(mask, 1), anisotropy=spacing)[(slice(1, -1),) * mask.ndim]
     border: Mask = mask & (depth <= width_mm + _ROUNDING_MM)
     return border
 

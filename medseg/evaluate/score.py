@@ -399,7 +399,7 @@ def _measures(
         "iou": iou(ours, theirs),
         "precision": precision(ours, theirs),
         "recall": recall(ours, theirs),
-        "boundary_iou": boundary_iou(ours, theirs, inside, tolerance),
+        "boundary_iou": boundary_iou(ours, theirs, inside, tolerance, [a for a, n in enumerate(grid.shape) if n == 1]),
         "cldice": cldice(ours, theirs) if tube else None,
         "nsd": nsd(between, tolerance),
         "hd_mm": hausdorff(between),

@@ -1,4 +1,4 @@
-"""How sure a mean is."""
+"""How sure a mean is, and how far volumes agree."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def draws(subjects: int, resamples: int = RESAMPLES, seed: int = 0) -> Float64:
 class Agreement:
     """How far measured volumes lie from the true ones, in their unit: of ``cases`` the mean difference (``bias``,
     measured less true), and the limits between which 95 % of the differences lie if they are normal (Bland & Altman,
-    Lancet 1986). ``correlation`` is Lin's concordance (Biometrics 1989), 1 where all are equal, None where nothing
-    varies."""
+    Lancet 1986). ``correlation`` is Lin's concordance (Biometrics 1989), 1 where all are equal, None where all are one
+    and the same volume."""
 
     cases: int
     bias: float

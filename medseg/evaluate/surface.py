@@ -205,7 +205,7 @@ def _around(axes: Float64) -> tuple[Index, Float64]:
     lengths = np.linalg.norm(steps @ axes.T, axis=1)
     # Between two parallel planes of corners nothing is nearer than they are.
     apart = 1 / np.linalg.norm(np.linalg.inv(axes), axis=1)
-    inner = lengths < (_STEPS + 1) * apart.min()
+    inner = (lengths < (_STEPS + 1) * apart.min()) & (np.abs(steps).max(axis=1) <= _STEPS)
     order = np.argsort(lengths[inner], kind="stable")
     return steps[inner][order], lengths[inner][order]
 

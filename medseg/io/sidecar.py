@@ -39,7 +39,7 @@ def probabilities_of(path: Path) -> Path | None:
     """The file of probabilities that belongs to a label map, where its sidecar names one."""
     record = _read_or_none(sidecar_of(path))
     name = record.get("probabilities") if isinstance(record, dict) else None
-    return path.with_name(Path(name).name) if isinstance(name, str) else None
+    return path.with_name(Path(name).name) if isinstance(name, str) and Path(name).name else None
 
 
 def expected_in(path: Path, labels: LabelSet) -> dict[int, float]:

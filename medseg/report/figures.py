@@ -96,6 +96,19 @@ def cropped(image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: La
     return Crop(part, _grey(values, *_window(values, truth)), truth, guess)
 
 
+def trimmed(
+    image: NDArray[Any], grid: Grid, reference: LabelMap, prediction: LabelMap
+) -> tuple[NDArray[Any], Grid, LabelMap, LabelMap]:
+    """Copies of that part of a scan (X, Y, Z) and of its label maps on the same grid which `planes` and `cropped`
+    show, so that the rest need not be held."""
+    part = _around(reference.values, prediction.values, grid.spacing, 0.0)
+    start = [side.start or 0 for side in part]
+    kept = np.array(image[part])
+    window = grid.window(start, kept.shape)
+    truth, guess = (LabelMap(np.array(m.values[part]), window, m.labels) for m in (reference, prediction))
+    return kept, window, truth, guess
+
+
 def planes(
     image: NDArray[Any],
     grid: Grid,

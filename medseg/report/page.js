@@ -6,12 +6,17 @@ const CASE = 0, ORGAN = 1, CONFIGURATION = 2, FOLD = 3, STATUS = 4, CUT = 5, REF
 const column = field => FIRST + data.columns.findIndex(c => c.field === field);
 const told = (value, digits) => value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 const keyOf = row => `${data.configurations[row[CONFIGURATION]]}|${data.cases[row[CASE]]}`;
+const NOTHING = ["both empty", "not computable"];
 const unmeasured = row => row[STATUS] === "missed" || row[STATUS] === "invented";
 
 // ---- plots
 
 const charts = [];
+// As the style sheet has them in the light.
+const PRINTED = ["#0068a8", "#b94e00", "#007a5a", "#9b4f84", "#7d6400", "#3f51b5", "#5f6368", "#111111"];
+let paper = false;
 const style = () => {
+  if (paper) return { ink: "#16212a", soft: "#55636e", rule: "#dbe2e6", card: "#fff", colours: PRINTED };
   const css = getComputedStyle(document.documentElement), of = name => css.getPropertyValue(name).trim();
   return {
     ink: of("--ink"), soft: of("--soft"), rule: of("--rule"), card: of("--card"),
@@ -35,7 +40,7 @@ const begin = (plot, element, option, open) => {
   const redraw = () => {
     const look = style();
     chart.setOption({
-      animation: false, textStyle: { color: look.ink, fontFamily: "inherit", fontSize: 13 },
+      animation: false, textStyle: { color: look.ink, fontFamily: getComputedStyle(document.body).fontFamily, fontSize: 13 },
       tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink, fontSize: 13 } },
       ...option(look),
     }, true);
@@ -69,7 +74,7 @@ const box = values => {
 
 const distributions = () => {
   const place = byId("distribution"), which = byId("measure");
-  if (!place || !data.rows.length) return;
+  if (!place || !data.drawn.length) return;
   for (const field of data.drawn) {
     const { heading, unit } = data.columns[column(field) - FIRST];
     which.append(make("option", unit ? `${heading} (${unit})` : heading, { value: field }));
@@ -79,7 +84,7 @@ const distributions = () => {
   const height = () => { place.style.height = `${lines.length * (lines.length > 12 ? 30 : 44) + 80}px`; };
   const option = look => {
     const at = column(which.value), { heading, unit, digits } = data.columns[at - FIRST];
-    const length = unit === "mm" || unit === "%";
+    const length = unit === "mm";
     const found = lines.map(() => []);
     data.rows.forEach((row, n) => {
       if (row[at] === null || (length && unmeasured(row))) return;
@@ -119,7 +124,7 @@ const distributions = () => {
   height();
   const mine = paint(place, option, true);
   const count = () => {
-    const length = ["mm", "%"].includes(data.columns[column(which.value) - FIRST].unit), missing = data.rows.filter(unmeasured);
+    const length = data.columns[column(which.value) - FIRST].unit === "mm", missing = data.rows.filter(unmeasured);
     byId("unmeasured").textContent = length && missing.length
       ? `${missing.length} missed or invented structures have no surface to measure to, and are not drawn.` : "";
   };
@@ -198,7 +203,7 @@ const volumes = () => {
       series: [{ type: "scatter", symbolSize: 8, itemStyle: { opacity: .65, color: look.colours[configuration % 8] },
         markLine: { silent: true, symbol: "none", lineStyle: { color: look.soft, type: "dashed" }, data: [
           line(one.bias, `mean ${told(one.bias, 2)} ml`), line(one.low, `95 % from ${told(one.low, 2)}`), line(one.high, `to ${told(one.high, 2)} ml`)] },
-        data: data.rows.flatMap((row, n) => row[ORGAN] !== organ || row[CONFIGURATION] !== configuration || row[STATUS] === "both empty"
+        data: data.rows.flatMap((row, n) => row[ORGAN] !== organ || row[CONFIGURATION] !== configuration || NOTHING.includes(row[STATUS])
           ? [] : [[(row[REFERENCE] + row[PREDICTED]) / 2, row[PREDICTED] - row[REFERENCE], n]]) }],
     };
   }, true);
@@ -228,7 +233,9 @@ const cases = () => {
     if (c.unit) cell.append(make("small", c.unit));
     head.append(cell);
   }
-  let found = data.rows, shown = 0;
+  // Rows are known by their place, which plots hold too: it is a copy that is put in order.
+  const order = [...data.rows];
+  let found = order, shown = 0;
   const body = table.tBodies[0];
   const cell = (row, c, n) => {
     const value = c.of(row), td = make(n ? "td" : "th", null, n ? {} : { scope: "row" });
@@ -265,7 +272,7 @@ const cases = () => {
   fields.status.closest("label").hidden = fields.status.options.length < 3;
   const narrow = () => {
     const wanted = fields.text.value.trim().toLowerCase();
-    found = data.rows.filter(row =>
+    found = order.filter(row =>
       (!wanted || `${data.cases[row[CASE]]} ${data.organs[row[ORGAN]]}`.toLowerCase().includes(wanted)) &&
       (!fields.status.value || row[STATUS] === fields.status.value || (fields.status.value === "flagged" && data.flagged[keyOf(row)])) &&
       (!fields.configuration.value || data.configurations[row[CONFIGURATION]] === fields.configuration.value));
@@ -274,7 +281,7 @@ const cases = () => {
   for (const field of Object.values(fields)) field.addEventListener("input", narrow);
   sortable(table, (at, down) => {
     const { of } = columns[at];
-    data.rows.sort((a, b) => ordered(of(a), of(b), down));
+    order.sort((a, b) => ordered(of(a), of(b), down));
     narrow();
   });
   byId("more").addEventListener("click", more);
@@ -303,7 +310,7 @@ const show = row => {
 };
 for (const button of document.querySelectorAll("button[data-open]")) {
   const at = data.rows.findIndex(row => keyOf(row) === button.dataset.open);
-  if (at >= 0) button.addEventListener("click", () => show(data.rows[at])); else button.remove();
+  if (at >= 0) button.addEventListener("click", () => show(data.rows[at])); else button.replaceWith(button.closest("figcaption") ? "" : button.textContent);
 }
 
 // ---- begin
@@ -311,4 +318,6 @@ for (const button of document.querySelectorAll("button[data-open]")) {
 if (window.echarts) { distributions(); curves(); calibration(); volumes(); }
 cases();
 const recolour = () => charts.forEach(c => c.redraw());
+addEventListener("beforeprint", () => { paper = true; recolour(); });
+addEventListener("afterprint", () => { paper = false; recolour(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);

@@ -27,7 +27,7 @@ from medseg.evaluate.score import NOTHING, CaseMetrics, summarise
 from medseg.evaluate.statistics import agreement, intervals
 from medseg.models.evaluation import Figure
 from medseg.report import figures
-from medseg.report.pictures import Look, pictures, scans
+from medseg.report.pictures import PICTURE_BYTES, SCAN_BYTES, Look, pictures, scans
 from medseg.report.tables import (
     CASE_COLUMNS,
     DRAWN,
@@ -45,8 +45,10 @@ if TYPE_CHECKING:
 Sure = Mapping[tuple[int | None, str], Figure]
 Kind = Literal["best", "median", "worst", "flagged"]
 
-# A page keeps so many rows of cases, the worst ones.
-_ROWS = 60_000
+# A page is below 10 MB; outlines, tables and the page itself take the rest of it.
+_PAGE_BYTES = 9_000_000
+# It keeps so many rows of cases: those that are shown, and the worst ones.
+_ROWS = 30_000
 _COLOURS = len(COLOURS)
 
 
@@ -177,7 +179,11 @@ def report(run: RunPage) -> str:
     sure = {name: intervals(rows, ("dice",)) for name, rows in groups.items()}
     overlays = sorted(run.overlays, key=lambda o: (o.configuration, get_args(Kind).index(o.kind), o.case))
     data, shown = _data(run, groups, colours), [_look(one) for one in overlays]
-    kept = scans(shown)
+    plots = resource("vendor/echarts.min.js") if data["rows"] or data["curves"] else ""
+    viewer = resource("vendor/niivue.umd.js") if shown else ""
+    drawn = embedded(data)
+    room = max(0, _PAGE_BYTES - len(plots) - len(viewer) - len(drawn.encode()))
+    kept = scans(shown, min(SCAN_BYTES, 2 * room // 5))
     context = {
         "run": run,
         "case_columns": CASE_COLUMNS,
@@ -198,12 +204,12 @@ def report(run: RunPage) -> str:
         "predicted": any(s.predicted for s in run.scored),
         "reliable": data["reliable"],
         "agreement": data["agreement"],
-        "pictures": list(zip(overlays, pictures(shown), strict=True)),
-        "data": embedded(data),
+        "pictures": list(zip(overlays, pictures(shown, min(PICTURE_BYTES, 3 * room // 5)), strict=True)),
+        "data": drawn,
         "scans": embedded(kept),
         "script": resource("tables.js") + resource("viewer.js") + resource("page.js"),
-        "plots": resource("vendor/echarts.min.js") if data["rows"] or data["curves"] else "",
-        "viewer": resource("vendor/niivue.umd.js") if kept else "",
+        "plots": plots,
+        "viewer": viewer,
         "decisions": _decisions(run.decisions),
     }
     return environment().get_template("page.html.j2").render(context)
@@ -245,7 +251,7 @@ def headline(run: RunPage) -> str:
     rows = groups[ranked[0]]
     dice, cases = _mean_dice(rows), case_dice(rows)
     if dice is None:
-        return "No structure was present in any scored case, so there is nothing to compare."
+        return "No structure was there to be compared in any scored case."
     missed, present = _missed(rows)
     verdict = (
         f"{missed} of {present} structures {'was' if missed == 1 else 'were'} missed entirely"
@@ -320,11 +326,12 @@ def _fold_table(scored: Sequence[Scored]) -> list[dict[str, Any]]:
 def _data(run: RunPage, groups: Mapping[str, Sequence[CaseMetrics]], colours: Mapping[str, int]) -> dict[str, Any]:
     """All that page.js draws, in the shortest form: names stand once, rows refer to them by their place."""
     rows = [(s, row) for s in sorted(run.scored, key=lambda s: (s.configuration, s.fold)) for row in s.rows]
-    if len(rows) > _ROWS:
-        kept = sorted(rows, key=lambda pair: 2.0 if pair[1].dice is None else pair[1].dice)[:_ROWS]
-        rows = sorted(kept, key=lambda pair: (pair[0].configuration, pair[0].fold))
-    organs = list(dict(sorted({row.label: row.name for _, row in rows}.items())).values())
     looked = {one.case for one in run.overlays} | {one.case for one in run.flagged}
+    if len(rows) > _ROWS:
+        dice = [2.0 if row.dice is None else row.dice for _, row in rows]
+        worst = [rows[i] for i in sorted(range(len(rows)), key=lambda i: (rows[i][1].case not in looked, dice[i]))]
+        rows = sorted(worst[:_ROWS], key=lambda pair: (pair[0].configuration, pair[0].fold))
+    organs = list(dict(sorted({row.label: row.name for _, row in rows}.items())).values())
     cases = sorted({row.case for _, row in rows} | looked)
     names = list(colours)
     place = {what: {name: i for i, name in enumerate(known)} for what, known in (("organ", organs), ("case", cases))}

@@ -20,11 +20,12 @@ from medseg.report import figures
 from medseg.report.tables import text_of
 
 MAPS = ("image", "reference", "prediction")
-# Pictures may fill this much of a page of 10 MB; where they are more, they lose resolution.
-_PICTURE_BYTES = 5_000_000
+_MOST_LABELS = 255
+# Pictures may fill this much of a page of 10 MB, or what else it allows; where they are more, they lose resolution.
+PICTURE_BYTES = 5_000_000
 _SIDES = (512, 256, 128, 64)
 # Scans for the viewer may fill this much, and lose resolution likewise: so many voxels each.
-_SCAN_BYTES = 3_000_000
+SCAN_BYTES = 3_000_000
 _VOXELS = (4_000_000, 1_500_000, 600_000, 250_000, 100_000, 40_000)
 _COLOURS = len(COLOURS)
 
@@ -43,12 +44,13 @@ class Look:
     prediction: LabelMap
 
 
-def pictures(looks: Sequence[Look]) -> list[dict[str, Any]]:
-    """Three planes of each, as the template draws them. Raises InputError, of the case, where label maps do not lie on
-    the scan's grid."""
+def pictures(looks: Sequence[Look], room: int = PICTURE_BYTES) -> list[dict[str, Any]]:
+    """Three planes of each, as the template draws them, their images in ``room`` bytes. Raises InputError, of the case,
+    where label maps do not lie on the scan's grid."""
     views = [_planes(look) for look in looks]
     return [
-        _picture(look, shown, images) for look, shown, images in zip(looks, views, _within_budget(views), strict=True)
+        _picture(look, shown, images)
+        for look, shown, images in zip(looks, views, _within_budget(views, room), strict=True)
     ]
 
 
@@ -59,7 +61,7 @@ def _planes(look: Look) -> tuple[figures.Plane, figures.Plane, figures.Plane]:
         raise error.of_case(look.case) from error
 
 
-def _within_budget(views: Sequence[Sequence[figures.Plane]]) -> list[list[tuple[str, int]]]:
+def _within_budget(views: Sequence[Sequence[figures.Plane]], room: int) -> list[list[tuple[str, int]]]:
     """The image of each plane and how many pixels went into one, as sharp as the page allows."""
     images: list[list[tuple[str, int]]] = []
     for side in _SIDES:
@@ -67,7 +69,7 @@ def _within_budget(views: Sequence[Sequence[figures.Plane]]) -> list[list[tuple[
         for shown in views:
             small = [figures.shrunk(plane.grey, side) for plane in shown]
             images.append([(figures.png(grey), n) for grey, n in small])
-        if sum(len(uri) for group in images for uri, _ in group) <= _PICTURE_BYTES:
+        if sum(len(uri) for group in images for uri, _ in group) <= room:
             break
     return images
 
@@ -117,13 +119,13 @@ def _found(plane: figures.Plane, number: int) -> str:
     return f"(overlap in this plane {2 * int((reference & prediction).sum()) / total:.2f})"
 
 
-def scans(looks: Sequence[Look]) -> dict[str, Any]:
-    """Of each the scan in grey and its label maps, as NIfTI in base64, by its key: as fine as the page allows."""
+def scans(looks: Sequence[Look], room: int = SCAN_BYTES) -> dict[str, Any]:
+    """Of each the scan in grey and its label maps, as NIfTI in base64, by its key: as fine as ``room`` bytes allow."""
     crops = {look.key: (look, _cropped(look)) for look in sorted(looks, key=lambda look: look.key)}
     found: dict[str, Any] = {}
     for voxels in _VOXELS:
         found = {key: _scan(look, crop.of(voxels)) for key, (look, crop) in crops.items()}
-        if sum(len(one.get(what, "")) for one in found.values() for what in MAPS) <= _SCAN_BYTES:
+        if sum(len(one.get(what, "")) for one in found.values() for what in MAPS) <= room:
             break
     return found
 
@@ -136,12 +138,17 @@ def _cropped(look: Look) -> figures.Crop:
 
 
 def _scan(look: Look, crop: figures.Crop) -> dict[str, Any]:
-    values = dict(zip(MAPS, (crop.grey, crop.reference, crop.prediction), strict=True))
+    # A byte a voxel: labels are numbered by their place, and those that have none are left out.
+    known = look.prediction.labels.labels
+    labels = [(n, one.name, colour(n - 1)) for n, one in enumerate(known[:_MOST_LABELS], start=1)]
+    place = np.zeros(max(look.prediction.labels.numbers, default=0) + 1, dtype=np.uint8)
+    for (n, _, _), one in zip(labels, known, strict=False):
+        place[one.number] = n
+    values = dict(zip(MAPS, (crop.grey, place[crop.reference], place[crop.prediction]), strict=True))
     if look.reference is None:
         del values["reference"]
     coded = {
         name: base64.b64encode(packed(Volume(v[None].astype(np.uint8), crop.grid))).decode()
         for name, v in values.items()
     }
-    labels = [(one.number, one.name, colour(n)) for n, one in enumerate(look.prediction.labels) if one.number < 256]
     return {"labels": labels, **coded}

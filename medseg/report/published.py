@@ -14,9 +14,9 @@ from medseg.report.page import Published
 def published(task: str, *, cases: int, all_folds: bool, by_subject: bool) -> tuple[Published, ...]:
     """The published results of a ``task`` (the name of its folder), best first; none for a task that has none.
 
-    ``alike`` are those of five-fold cross-validation, beside a run that scored all of five folds (``all_folds``) of as
-    many ``cases``. Where subjects have several cases, and the run's folds keep them together (``by_subject``), folds by
-    case are another protocol. Even those that are alike had folds of their own.
+    ``alike`` are those of five-fold cross-validation, beside a run whose configurations each scored all of five folds
+    (``all_folds``) and as many ``cases``. Where subjects have several cases, and the run's folds keep them together
+    (``by_subject``), folds by case are another protocol. Even those that are alike had folds of their own.
     """
     found = []
     for entry in _document()["entries"]:

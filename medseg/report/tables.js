@@ -29,7 +29,7 @@ const ordered = (a, b, down) => {
 };
 for (const table of document.querySelectorAll("table.sortable")) {
   sortable(table, (at, down, text) => {
-    const of = row => { const cell = row.cells[at].textContent.trim(); return text ? cell : parseFloat(cell.replace("−", "-")); };
+    const of = row => { const cell = row.cells[at].textContent.trim(); return text ? cell : parseFloat(cell.replace("−", "-").replace(/^[^\d-]+/, "")); };
     const body = table.tBodies[0];
     body.append(...[...body.rows].sort((a, b) => ordered(of(a), of(b), down)));
   });

@@ -3,28 +3,24 @@
 const read = id => JSON.parse(byId(id)?.textContent || "null");
 const scans = read("scans") || {};
 const MAPS = ["image", "reference", "prediction"];
-let niivueLoaded = false, viewer = null, turn = 0;
-const library = () => {
-  if (niivueLoaded) return;
-  const script = make("script", byId("niivue").textContent);
-  document.head.append(script);
-  niivueLoaded = true;
+let viewer = null, ready = null, turn = 0;
+const attached = async () => {
+  document.head.append(make("script", byId("niivue").textContent));
+  const made = new niivue.Niivue({
+    isRadiologicalConvention: true, backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairWidth: 0.5, isColorbar: false,
+    crosshairColor: [1, 1, 1, 0.5], crosshairWidthUnit: "mm", isResizeCanvas: true, loadingText: "", logLevel: "error",
+    multiplanarShowRender: niivue.SHOW_RENDER.ALWAYS, multiplanarLayout: niivue.MULTIPLANAR_TYPE.GRID,
+  });
+  await made.attachToCanvas(byId("stage"));
+  made.setSliceType(made.sliceTypeMultiplanar);
+  viewer = made;
 };
 const open = async key => {
   const scan = scans[key], mine = ++turn;
   byId("frame").hidden = byId("layers").hidden = !scan;
   byId("no-scan").hidden = !!scan;
-  if (!scan) { byId("no-scan").textContent = "This page holds the scans of the best, the median, the worst and the flagged cases only."; return; }
-  library();
-  if (!viewer) {
-    viewer = new niivue.Niivue({
-      isRadiologicalConvention: true, backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairWidth: 0.5, isColorbar: false,
-      crosshairColor: [1, 1, 1, 0.5], crosshairWidthUnit: "mm",
-      multiplanarShowRender: niivue.SHOW_RENDER.ALWAYS, multiplanarLayout: niivue.MULTIPLANAR_TYPE.GRID, isResizeCanvas: true, textHeight: 0.04, loadingText: "", logLevel: "error",
-    });
-    await viewer.attachToCanvas(byId("stage"));
-    viewer.setSliceType(viewer.sliceTypeMultiplanar);
-  }
+  if (!scan) { byId("no-scan").textContent = "This page holds the scans of the best, the median and the worst case, and of the first ones that are flagged."; return; }
+  await (ready ??= attached());
   const volumes = [];
   for (const what of MAPS.filter(name => scan[name])) {
     const volume = await niivue.NVImage.loadFromBase64({ base64: scan[what], name: `${what}.nii.gz`, colormap: "gray", opacity: 1 });
@@ -59,7 +55,13 @@ const layers = () => {
   viewer.setAtlasOutline(byId("layer-outline").checked ? 1 : 0);
 };
 for (const id of ["layer-reference", "layer-prediction", "layer-outline", "strength"]) byId(id)?.addEventListener("input", () => viewer && layers());
-const draw = key => open(key).catch(error => {
-  byId("no-scan").hidden = false;
-  byId("no-scan").textContent = `The scan cannot be drawn here: ${error.message}`;
-});
+const draw = key => {
+  const mine = turn + 1;
+  return open(key).catch(error => {
+    if (!viewer) ready = null; // the next case tries again
+    if (mine !== turn) return;
+    byId("frame").hidden = byId("layers").hidden = true;
+    byId("no-scan").hidden = false;
+    byId("no-scan").textContent = `The scan cannot be drawn here: ${error.message}`;
+  });
+};

@@ -23,7 +23,7 @@ def test_the_page_comes_with_its_numbers(medseg: Any, made: Any, tmp_path: Path)
     assert "peak" not in document["provenance"]["3d, fold 0"]
     assert " GiB" in document["provenance"]["3d, fold 0"]
     assert document["commands"][-1] == "medseg report RUN"
-    with (tmp_path / "metrics.csv").open() as file:
+    with (tmp_path / "page.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert {line["case"] for line in lines} == set(
         json.loads((made.run / "folds.json").read_text())["folds"][0]["validation"]
@@ -79,7 +79,9 @@ def test_one_page_over_several_runs(medseg: Any, made: Any, tmp_path: Path) -> N
     assert said.status == 0, said
     html = page.read_text()
     assert "2 tasks" in html
-    assert 'href="run/report.html"' in html
+    assert 'href="./run/report.html"' in html
+    medseg("report", made.run, other.run, "-o", page, "--pdf").refused("--pdf goes with one run")
+    medseg("report", made.run, "-o", tmp_path / "page.md").refused("ends in .html")
     medseg("report", made.run, made.run, "-o", page).refused("two runs are of Task00_blobs", "medseg compare")
 
 

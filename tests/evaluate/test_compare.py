@@ -1,5 +1,7 @@
 """Two runs and more, side by side: answers known beforehand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -109,6 +111,32 @@ def test_runs_must_have_the_same_cases_and_references():
     other = [CaseMetrics(**{**row("a", 1, 0.5).__dict__, "name": "kidney"})]
     with pytest.raises(InputError, match="'liver' in A and 'kidney' in B"):
         paired({"A": [row("a", 1, 0.5)], "B": other})
+
+
+def test_runs_scored_in_other_ways_are_refused():
+    one, other = row("a", 1, 0.5), replace(row("a", 1, 0.5), tolerance_mm=5.0)
+    with pytest.raises(InputError, match=r"at 2 mm in A, at 5 in B.*--tolerance"):
+        paired({"A": [one], "B": [other]})
+    with pytest.raises(InputError, match="case a: A has label 1 twice"):
+        paired({"A": [one, one], "B": [one]})
+    with pytest.raises(InputError, match="a cldice in one run and none in another"):
+        compare([one], [replace(one, cldice=None)], "cldice")
+
+
+def test_the_mean_is_that_of_the_labels_however_many_cases_each_has():
+    first = [*run(*[0.8] * 10), row("case000", 2, 0.9)]
+    second = [*run(*[0.83] * 10), row("case000", 2, 0.8)]
+    mean = compare(first, second)[0]
+    assert (mean.first, mean.second) == (pytest.approx(0.85), pytest.approx(0.815))
+    assert mean.change.mean == pytest.approx(-0.035)
+    assert mean.better == 9
+
+
+def test_rounding_is_no_difference():
+    first = [row(f"c{n}", 1, 0.5, "s") for n in range(2)]
+    second = [row("c0", 1, 0.6, "s"), row("c1", 1, 0.4, "s")]
+    line = compare(first, second)[1]
+    assert (line.same, line.effect, line.p) == (1, 0, 1)
 
 
 def test_rows_come_in_one_order():

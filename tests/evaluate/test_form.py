@@ -60,6 +60,18 @@ def test_a_border_counts_the_nearest_voxels_however_thin_it_is():
     assert boundary_iou(cube, cube, grid, 0.0) == 1
 
 
+def test_a_single_slice_has_a_border_in_its_plane_alone():
+    # A frame of one voxel: 10 x 10 less 8 x 8; shifted by one.
+    first, second = (box((12, 12, 1), slice(n, n + 10), slice(1, 11)) for n in (0, 1))
+    grid = Grid.from_spacing(first.shape, (1, 1, 5))
+    ours, theirs = (
+        m & ~np.pad(m[1:-1, 1:-1] & m[2:, 1:-1] & m[:-2, 1:-1] & m[1:-1, 2:] & m[1:-1, :-2], ((1, 1), (1, 1), (0, 0)))
+        for m in (first, second)
+    )
+    wanted = (ours & theirs).sum() / (ours | theirs).sum()
+    assert boundary_iou(first, second, grid, 1.0, flat=[2]) == pytest.approx(wanted)
+
+
 def test_one_empty_mask_has_no_border_in_common():
     cube, nothing = box((4, 4, 4), 1, 1, 1), np.zeros((4, 4, 4), dtype=bool)
     grid = Grid.from_spacing(cube.shape, 1.0)

@@ -104,6 +104,16 @@ def test_area_of_a_box(size, spacing):
     assert surface_area(np.ones(size, dtype=bool), grid(size, spacing)) == pytest.approx(box_area(size, spacing))
 
 
+@pytest.mark.parametrize("spacing", [0.94, 1.0, 0.1, 1.7])
+def test_surfaces_far_apart_on_the_border_of_their_box(spacing):
+    # What finds nothing near by lies in the last layer; three steps must be no step by rounding.
+    long, short = np.zeros((2, 30, 30, 30), dtype=bool)
+    long[5:25, 5:25, 5:25] = short[5:20, 5:25, 5:25] = True
+    for angles in ((0, 0, 0), (0.3, 0.1, 0.7), (0, 0, math.pi / 2)):
+        between = surface_distances(long, short, grid(long.shape, (spacing,) * 3, rotation(angles)))
+        assert hausdorff(between) == pytest.approx(5 * spacing)
+
+
 def test_area_of_a_sheared_plane():
     # A corner that is half inside carries the parallelogram of its two axes.
     sheared = grid((2, 2, 2), (1, 2, 3), SHEAR)

@@ -149,6 +149,9 @@ def test_cases_are_sorted_and_narrowed(browser: Any, file: Path) -> None:
         organs = tab.page.locator("#organs-1")
         organs.locator("thead button", has_text="Missed").click()
         assert organs.locator("tbody th").all_inner_texts() == [HOSTILE, "liver"]
+        # However the table is sorted, a button opens its own case.
+        tab.page.locator(".flags button").click()
+        assert tab.page.inner_text("#viewer-title") == "case_011 · 3d"
         assert tab.faults == []
 
 
@@ -224,6 +227,18 @@ def test_nothing_runs_off_a_small_screen(browser: Any, file: Path, width: int) -
         assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
         tab.page.locator("#all-cases button.open").first.click()
         assert tab.page.locator("#viewer").bounding_box()["width"] <= width
+
+
+def test_where_nothing_was_there_the_page_still_works(browser: Any, tmp_path: Path) -> None:
+    grid, labels = Grid.from_spacing((8, 8, 8), 1.0), LabelSet.from_names(["liver"])
+    nothing = LabelMap(np.zeros(grid.shape, np.uint8), grid, labels)
+    rows = tuple(row for n in range(3) for row in score(nothing, nothing, case=f"case_{n}"))
+    (tmp_path / "nothing.html").write_text(
+        page.report(page.RunPage("R", "T", scored=(Scored("3d", 0, rows),))), "utf-8"
+    )
+    with Tab(browser, tmp_path / "nothing.html") as tab:
+        assert tab.column(1) == ["case_0", "case_1", "case_2"]
+        assert tab.faults == []
 
 
 def test_it_prints(browser: Any, file: Path) -> None:

@@ -1,7 +1,9 @@
 """What the page promises: nothing loaded, nothing unescaped, the same bytes, and the right numbers."""
 
+import base64
 import csv
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
@@ -15,7 +17,7 @@ import pytest
 
 from medseg.core.errors import InputError
 from medseg.core.grid import Grid
-from medseg.core.labels import LabelSet
+from medseg.core.labels import Label, LabelSet
 from medseg.core.volume import LabelMap
 from medseg.evaluate.instances import InstanceSummary
 from medseg.evaluate.score import CaseMetrics
@@ -293,7 +295,7 @@ def test_maps_on_another_grid_are_refused_by_name():
 
 def test_pictures_lose_resolution_before_the_page_gets_too_large(monkeypatch):
     sharp = page.report(run())
-    monkeypatch.setattr(looks, "_PICTURE_BYTES", 4000)
+    monkeypatch.setattr(page, "_PAGE_BYTES", 0)
     monkeypatch.setattr(looks, "_SIDES", (512, 8))
     small = page.report(run())
     assert len(small) < len(sharp)
@@ -350,10 +352,23 @@ def test_scans_of_the_viewer_are_as_fine_as_the_page_allows(monkeypatch):
 
     fine = scan(page.report(run()))
     assert [label[:2] for label in fine["labels"]] == [[1, "liver"], [2, "spleen"]]
-    monkeypatch.setattr(looks, "_SCAN_BYTES", 6000)
+    monkeypatch.setattr(page, "_PAGE_BYTES", 0)
     monkeypatch.setattr(looks, "_VOXELS", (40_000, 2_000))
     coarse = scan(page.report(run()))
     assert len(coarse["image"]) < len(fine["image"]) / 4
+
+
+def test_labels_above_a_byte_are_seen_as_what_they_are():
+    one = overlay()
+    labels = LabelSet((Label("liver", 1), Label("rib", 257)))
+    values = one.reference.values.astype(np.uint16)
+    values[values == 1] = 257
+    ribs = LabelMap(values, one.grid, labels)
+    html = page.report(run(overlays=(dataclasses.replace(one, reference=ribs, prediction=ribs),)))
+    found = json.loads(html.split('id="scans">')[1].split("</script>")[0])["3d|case_1"]
+    assert [label[:2] for label in found["labels"]] == [[1, "liver"], [2, "rib"]]
+    seen = np.frombuffer(gzip.decompress(base64.b64decode(found["prediction"])), np.uint8)[352:]
+    assert set(seen.tolist()) == {0, 2}
 
 
 def test_flags_and_published_results_are_told():
