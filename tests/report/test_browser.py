@@ -199,7 +199,7 @@ def test_a_point_of_a_plot_opens_its_case(browser: Any, file: Path) -> None:
         tab.page.locator("#distribution canvas").click(position={"x": place[0], "y": place[1]})
         assert tab.page.inner_text("#viewer-title").endswith("· 3d")
         assert tab.page.locator("#viewer").is_visible()
-        for field in ("hd95_mm", "volume_error_percent"):
+        for field in ("volume_error_percent", "hd95_mm"):
             tab.page.keyboard.press("Escape")
             tab.page.select_option("#measure", field)
         assert "1 missed or invented" in tab.page.inner_text("#unmeasured")
