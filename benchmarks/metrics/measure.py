@@ -143,10 +143,16 @@ def main() -> None:
         for which in given.programs:
             seconds, peaks = [], []
             for _ in range(given.runs if which == "ours" else 1):
-                _, _, peak = run([sys.executable, __file__, "--child", name, which, *more])
+                try:
+                    _, _, peak = run([sys.executable, __file__, "--child", name, which, *more])
+                except SystemExit as failed:
+                    print(f"{which}: {failed}", flush=True)
+                    break
                 results[which] = json.loads((folder / f"{which}.json").read_text())
                 seconds.append(results[which]["seconds"])
                 peaks.append(peak)
+            if not seconds:
+                continue
             every = ", ".join(f"{s:.1f}" for s in seconds)
             print(f"{which}: {statistics.median(seconds):.1f} s ({every}), {max(peaks) / 2**30:.2f} GiB", flush=True)
         for peer in results.keys() - {"ours"}:
