@@ -62,7 +62,8 @@ def flags_in(path: Path) -> tuple[str, ...]:
 def by_name(folder: Path) -> dict[str, Path]:
     """The label maps of a folder that has no index, by their names without suffix and ``_seg``.
 
-    Raises InputError where there is none, and where two have one name.
+    Raises InputError where there is none, where two have one name, and where `medseg predict` made one of them: its
+    index is written last, and is missing where it was stopped.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -70,6 +71,11 @@ def by_name(folder: Path) -> dict[str, Path]:
             case = stem(path).removesuffix(SUFFIX)
             if case in found:
                 raise InputError(f"{found[case].name} and {path.name} are of one case", "Leave one of them", case=case)
+            record = _read_or_none(sidecar_of(path))
+            if isinstance(record, dict) and "model_sha256" in record:
+                raise InputError(
+                    f"{folder / INDEX} is missing", "Let `medseg predict` come to its end, with --skip-done"
+                )
             found[case] = path
     if not found:
         raise InputError(f"{folder} has no label map (.nii, .nii.gz)", "Name the folder of the predictions")

@@ -216,7 +216,7 @@ def test_stopped_between_the_verbs_it_can_be_taken_up(
     shutil.copytree(planned, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "2d", ignore_errors=True)
     command = ("train", tmp_path / "run", "--all-folds", "-c", "2d", "--threads", 1, "--device", "cpu", "--seed", 3)
-    places = ("medseg.cli.preprocess._fill", "medseg.cli.predict._computed", "medseg.evaluate.score.evaluate")
+    places = ("medseg.cli.preprocess._fill", "medseg.cli.predict._computed", "medseg.evaluate.score.score")
     for place, number in zip(places, (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), strict=True):
         with monkeypatch.context() as patched:
             patched.setattr(place, lambda *_, number=number, **__: signal.raise_signal(number))

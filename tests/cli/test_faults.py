@@ -144,7 +144,7 @@ def test_an_edited_plan_is_checked(made: Any, medseg: Any, tmp_path: Path) -> No
 
 
 def test_evaluation_of_what_is_no_prediction(made: Any, medseg: Any, tmp_path: Path) -> None:
-    medseg("evaluate", tmp_path, made.task).refused("predictions.json is missing", "medseg predict")
+    medseg("evaluate", tmp_path, made.task).refused("has no label map")
     folder = tmp_path / "predictions"
     shutil.copytree(made.fold / "predictions", folder)
     index = json.loads((folder / "predictions.json").read_text())
