@@ -317,9 +317,21 @@ def _tolerances(one: Scored) -> str:
     import shlex
 
     each = {row.name: f"{row.tolerance_mm:g}" for row in one.rows}
+    tubes = "".join(f" --tube {shlex.quote(name)}" for name in _tubes(one))
     if len(set(each.values())) == 1:
-        return f" --tolerance {next(iter(each.values()))}"
-    return "".join(f" --tolerance {shlex.quote(f'{name}={mm}')}" for name, mm in each.items())
+        return f" --tolerance {next(iter(each.values()))}{tubes}"
+    return "".join(f" --tolerance {shlex.quote(f'{name}={mm}')}" for name, mm in each.items()) + tubes
+
+
+def _tubes(one: Scored) -> list[str]:
+    """What was scored as tubes, where that is not what goes by its name."""
+    from medseg.core.labels import Label, LabelSet
+    from medseg.evaluate.form import tubes
+
+    labels = LabelSet(tuple(Label(name, number) for number, name in {row.label: row.name for row in one.rows}.items()))
+    scored = {row.name for row in one.rows if row.cldice is not None}
+    expected = {labels.name_of(number) for number in tubes(labels)}
+    return [] if scored <= expected else sorted(scored)
 
 
 def _length(folder: RunFolder, one: Scored) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _A4 = (8.27, 11.69)
 _INK, _SOFT, _BLUE = "#16212a", "#55636e", "#0068a8"
-_LINES = 34  # organs on a page
+_LINES, _BOXES = 34, 20  # organs on a page, as lines and as boxes
 _PICTURES = 4
 
 
@@ -48,7 +48,7 @@ def _pages(run: RunPage) -> Iterator[Figure]:
     yield _front(run)
     for name, rows in groups.items():
         yield from _organs(name, rows)
-        yield _spread(name, rows)
+        yield from _spread(name, rows)
     shown = [one for one in run.overlays if one.kind != "flagged"] or list(run.overlays)
     if shown:
         yield _pictures(shown[:_PICTURES])
@@ -127,18 +127,20 @@ def _organs(name: str, rows: Sequence[CaseMetrics]) -> Iterator[Figure]:
         yield figure
 
 
-def _spread(name: str, rows: Sequence[CaseMetrics]) -> Figure:
-    """Dice of every case, and the differences of volumes, organ by organ."""
-    figure = _page()
-    _heading(figure, f"Spread over cases: {name}")
-    organs = dict(sorted({row.label: row.name for row in rows}.items()))
-    height = min(0.4, 0.05 + 0.02 * len(organs))
-    for place, (what, field) in enumerate((("Dice", "dice"), ("Volume error (%)", "volume_error_percent"))):
-        axes = figure.add_axes((0.24, 0.9 - (place + 1) * height - place * 0.07, 0.7, height))
-        values = [[v for row in rows if row.label == n and (v := getattr(row, field)) is not None] for n in organs]
-        _boxes(axes, values, [_short(organ, 24) for organ in organs.values()])
-        axes.set_xlabel(what, size=8, color=_SOFT)
-    return figure
+def _spread(name: str, rows: Sequence[CaseMetrics]) -> Iterator[Figure]:
+    """Dice of every case, and the errors of volumes, organ by organ."""
+    every = sorted({row.label: row.name for row in rows}.items())
+    for start in range(0, len(every), _BOXES):
+        organs = dict(every[start : start + _BOXES])
+        figure = _page()
+        _heading(figure, f"Spread over cases: {name}")
+        height = 0.05 + 0.018 * len(organs)
+        for place, (what, field) in enumerate((("Dice", "dice"), ("Volume error (%)", "volume_error_percent"))):
+            axes = figure.add_axes((0.24, 0.9 - (place + 1) * height - place * 0.07, 0.7, height))
+            values = [[v for row in rows if row.label == n and (v := getattr(row, field)) is not None] for n in organs]
+            _boxes(axes, values, [_short(organ, 24) for organ in organs.values()])
+            axes.set_xlabel(what, size=8, color=_SOFT)
+        yield figure
 
 
 def _boxes(axes: Axes, values: Sequence[Sequence[float]], names: Sequence[str]) -> None:

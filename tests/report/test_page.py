@@ -440,6 +440,12 @@ def test_every_run_has_a_summary_on_paper(which):
     assert document == summary(PAGES[which])
 
 
+def test_many_organs_take_more_pages():
+    rows = tuple(row(case, label, 0.8) for case in "ab" for label in range(1, 46))
+    document = summary(page.RunPage("R", "T", scored=(Scored("3d", 0, rows),)))
+    assert len(re.findall(rb"/Type /Page\b(?!s)", document)) == 1 + 2 + 3  # the front, 46 lines, 45 boxes
+
+
 def test_names_on_paper_are_no_formulas():
     rows = (row("$x_1$", 1, 0.5, name="$\\frac$"), row("b", 1, 0.6, name="$\\frac$"))
     assert summary(run(title="$\\bad{", scored=(Scored("3d", 0, rows),))).startswith(b"%PDF-")
