@@ -287,13 +287,17 @@ def test_as_the_program_that_defined_them_measures(pair, spacing):
 @given(PAIRS, SPACING)
 @FEW
 def test_as_monai_measures(pair, spacing):
-    """MONAI's NSD with subvoxels has the same elements. Its Hausdorff and mean distances count voxels of the border,
-    and are others (docs/metrics.md)."""
+    """MONAI's overlaps, and its NSD with subvoxels, which has the same elements. Its Hausdorff and mean distances count
+    voxels of the border, and are others (docs/metrics.md)."""
     import torch
-    from monai.metrics import compute_surface_dice
+    from monai.metrics import compute_dice, compute_iou, compute_surface_dice
+
+    from medseg.evaluate.overlap import dice, iou
 
     first, second = filled(pair)
     one, other = (torch.from_numpy(np.pad(mask, 2)[None, None].astype(np.float32)) for mask in (first, second))
+    assert dice(first, second) == pytest.approx(float(compute_dice(one, other)))
+    assert iou(first, second) == pytest.approx(float(compute_iou(one, other)))
     options = {"include_background": True, "spacing": list(spacing), "use_subvoxels": True}
     for tolerance in (0.6, 1.1, 2.6):
         expected = float(compute_surface_dice(one, other, [tolerance], **options))
