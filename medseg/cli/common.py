@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from medseg.core.progress import Progress
     from medseg.dataset.split import Fold
     from medseg.dataset.task import Case, Task
+    from medseg.models.package import ModelPackage
     from medseg.plan.fingerprint import Fingerprint
     from medseg.plan.plan import Plan
 
@@ -196,6 +197,13 @@ class RunFolder:
     def checkpoints(self, configuration: str, fold: int) -> Path:
         """Checkpoints, apart from everything that a workflow declares as output and may delete."""
         return self.path / "checkpoints" / configuration / f"fold{fold}"
+
+    def package(self, configuration: str, fold: int) -> ModelPackage | None:
+        """The model of a fold; None where it has not been trained."""
+        from medseg.models.package import INDEX, load_package
+
+        folder = self.fold(configuration, fold) / "model"
+        return load_package(folder) if (folder / INDEX).exists() else None
 
     @property
     def model(self) -> Path:

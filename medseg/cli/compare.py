@@ -15,24 +15,12 @@ if TYPE_CHECKING:
     from medseg.evaluate.compare import Change, Difference, Ranking
     from medseg.evaluate.score import CaseMetrics
 
-_FIELDS = (
-    "dice",
-    "iou",
-    "nsd",
-    "boundary_iou",
-    "precision",
-    "recall",
-    "cldice",
-    "hd_mm",
-    "hd95_mm",
-    "assd_mm",
-    "centroid_mm",
-)
-
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=FOLDER, metavar="RUN_A RUN_B [RUN]...")
-@click.option("--by", type=click.Choice(_FIELDS), default="dice", show_default=True, help="What to compare.")
+@click.option(
+    "--by", metavar="COLUMN", default="dice", show_default=True, help="Of metrics.csv: nsd, hd95_mm, recall and others."
+)
 @click.option("--common", is_flag=True, help="Compare the cases and labels that all runs have, if some have more.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the tables.")
 def compare(runs: tuple[Path, ...], by: str, common: bool, as_json: bool) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medseg.cli.common import FOLDER, progress, table, threads_option
+from medseg.cli.common import FOLDER, available_cores, progress, table, threads_option
 from medseg.core.errors import InputError
 from medseg.core.words import count
 
 if TYPE_CHECKING:
+    from medseg.core.instances import InstanceMap
     from medseg.core.volume import LabelMap, Volume
-    from medseg.dataset.task import Task
+    from medseg.dataset.task import Case, Task
     from medseg.evaluate.instances import InstanceSummary, Matches
     from medseg.evaluate.score import CaseMetrics, LabelSummary
     from medseg.models.evaluation import Figure
@@ -91,7 +92,6 @@ def evaluate(
     what they say.
     """
     import json
-    import os
 
     from medseg.dataset.task import load_labels, load_task
     from medseg.evaluate import calibration
@@ -99,25 +99,35 @@ def evaluate(
     from medseg.evaluate.score import score, summarise, to_csv, to_json
     from medseg.evaluate.statistics import intervals
     from medseg.io.files import write_json, write_text
-    from medseg.io.sidecar import expected_in, ignored_in, probabilities_of, read_prediction
+    from medseg.io.sidecar import (
+        expected_in,
+        ignored_in,
+        probabilities_in,
+        read_instances,
+        read_prediction,
+        read_sidecar,
+        tells_instances,
+    )
 
     reference = load_task(task)
     index = _index(predictions, reference, partial=partial)
     allowed, tubular = _tolerances(tolerances, reference), _numbers(tubes, reference)
-    counted = instances or bool(ious) or _have_instances(index)
+    told = {case: read_sidecar(path) for case, path in index.items()}
+    counted = instances or bool(ious) or _have_instances(told)
     rows: list[CaseMetrics] = []
     matches: list[Matches] = []
     reliable = []
     expected: dict[str, Mapping[int, float]] = {}
     for case, path in progress("evaluate")(index.items(), len(index)):
         predicted = read_prediction(path, reference.labels, case)
-        one, ignored = reference.case(case), ignored_in(path)
+        one, ignored = reference.case(case), ignored_in(told[case])
         truth = load_labels(reference, one)
         if counted:
-            matches.extend(_matched(case, path, reference, predicted, truth))
-        if probable := probabilities_of(path):
+            theirs = read_instances(path, reference.labels, case) if tells_instances(told[case]) else None
+            matches.extend(_matched(reference, one, theirs, predicted, truth, ignored))
+        if probable := probabilities_in(told[case], path):
             reliable.append(calibration.sums(_shares(probable, case), truth, case=case, ignored=ignored))
-        expected[case] = expected_in(path, reference.labels)
+        expected[case] = expected_in(told[case], reference.labels)
         rows += score(
             predicted,
             truth,
@@ -126,7 +136,7 @@ def evaluate(
             tolerance_mm={n: v for n, v in allowed.items() if n != ignored},
             tubular=tubular,
             ignored=ignored,
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or available_cores(),
         )
     document = to_json(rows, provenance={"task": reference.name})
     folder = output or predictions
@@ -210,30 +220,30 @@ def _shares(path: Path, case: str) -> Volume:
         raise error.of_case(case) from None
 
 
-def _have_instances(index: Mapping[str, Path]) -> bool:
+def _have_instances(told: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the predictions have instances. InputError where only some have."""
     from medseg.io.sidecar import tells_instances
 
-    told = {case: tells_instances(path) for case, path in index.items()}
-    if len(set(told.values())) > 1:
-        without = next(case for case, tells in told.items() if not tells)
+    have = {case: tells_instances(record) for case, record in told.items()}
+    if len(set(have.values())) > 1:
+        without = next(case for case, tells in have.items() if not tells)
         raise InputError("its prediction has no instances, but others have", "Predict all by one model", case=without)
-    return all(told.values())
+    return all(have.values())
 
 
-def _matched(case: str, path: Path, task: Task, predicted: LabelMap, truth: LabelMap) -> list[Matches]:
-    """The instances of a prediction beside those of the reference."""
+def _matched(
+    task: Task, case: Case, found: InstanceMap | None, predicted: LabelMap, truth: LabelMap, ignored: int | None
+) -> list[Matches]:
+    """The instances of a prediction, those ``found`` or wherever voxels of one label touch, beside the reference's."""
     from medseg.core.instances import components
     from medseg.dataset.task import load_instances
     from medseg.evaluate.instances import counting, match
     from medseg.evaluate.score import ignoring
-    from medseg.io.sidecar import ignored_in, read_instances, tells_instances
 
-    ignored, one = ignored_in(path), task.case(case)
-    ours, theirs = ignoring(predicted, truth, ignored, case=case)
-    found = read_instances(path, task.labels, case) if tells_instances(path) else components(ours)
-    wanted = load_instances(task, one) if one.instances else components(theirs)
-    return match(counting(found, truth, ignored), counting(wanted, truth, ignored), theirs.labels, case=case)
+    ours, theirs = ignoring(predicted, truth, ignored, case=case.id)
+    wanted = load_instances(task, case) if case.instances else components(theirs)
+    known = found or components(ours)
+    return match(counting(known, truth, ignored), counting(wanted, truth, ignored), theirs.labels, case=case.id)
 
 
 def _show(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from medseg.cli.common import FOLDER, RunFolder
+from medseg.core.words import count
 
 if TYPE_CHECKING:
     from medseg.dataset.task import Task
+    from medseg.models.package import ModelPackage
     from medseg.plan.plan import Plan
     from medseg.report.page import Counted, Curve, Decision, Flagged, Kind, Overlay, RunPage
     from medseg.report.tables import Scored
 
 
 # Of the cases that a model wants looked at, the page shows so many of a configuration.
-_FLAGGED = 6
+_FLAGGED = 30
 
 
 @click.command()
@@ -66,6 +68,11 @@ def _page(folder: RunFolder, *, pictures: bool = True) -> tuple[RunPage, dict[st
     folds = folder.folds(task)
     scored, curves = tuple(_scored(folder, plan)), tuple(_curves(folder, plan))
     flagged = tuple(_flagged(folder, scored))
+    packages = {
+        f"{one.configuration}, fold {one.fold}": package
+        for one in scored
+        if (package := folder.package(one.configuration, one.fold))
+    }
     done = {one.configuration: [s.fold for s in scored if s.configuration == one.configuration] for one in scored}
     cases = [len({r.case for s in scored if s.configuration == name for r in s.rows}) for name in done]
     page = RunPage(
@@ -86,9 +93,9 @@ def _page(folder: RunFolder, *, pictures: bool = True) -> tuple[RunPage, dict[st
             all_folds=len(folds) == 5 and all(len(one) == 5 for one in done.values()),
             by_subject=len({case.subject for case in task.cases}) < len(task.cases),
         ),
-        provenance=_provenance(folder, task, plan, scored),
+        provenance=_provenance(folder, task, plan, packages),
         commands=tuple(_commands(folder, scored)),
-        warnings=tuple(_warnings(scored, len(task.cases))),
+        warnings=tuple(_warnings(scored, packages, len(task.cases))),
     )
     shown = {name: getattr(page, name) for name in ("title", "task", "description", "cases", "folds", "provenance")}
     about = shown | {
@@ -121,18 +128,13 @@ def _over_all(runs: tuple[Path, ...], path: Path) -> None:
     click.echo(path)
 
 
-def _provenance(folder: RunFolder, task: Task, plan: Plan, scored: tuple[Scored, ...]) -> dict[str, str]:
+def _provenance(folder: RunFolder, task: Task, plan: Plan, packages: Mapping[str, ModelPackage]) -> dict[str, str]:
     """Versions, seeds, hashes of data and models, hardware, time and memory, in words."""
     from medseg.core.provenance import versions
-    from medseg.models.package import INDEX, load_package
 
     told = {"data (SHA-256 of what was measured)": folder.fingerprint().digest()[:16], "plan": plan.digest()[:16]}
     told["licence of the data"] = task.licence or "not stated"
-    for one in scored:
-        path = folder.fold(one.configuration, one.fold) / "model"
-        if not (path / INDEX).exists():
-            continue
-        package = load_package(path)
+    for name, package in packages.items():
         made = package.provenance
         machine = made.get("machine", {})
         parts = [
@@ -148,7 +150,7 @@ def _provenance(folder: RunFolder, task: Task, plan: Plan, scored: tuple[Scored,
                 else []
             ),
         ]
-        told[f"{one.configuration}, fold {one.fold}"] = "; ".join(parts)
+        told[name] = "; ".join(parts)
     return told | {f"version of {name}": number for name, number in versions().items()}
 
 
@@ -183,14 +185,14 @@ def _predictions(folder: RunFolder, one: Scored) -> dict[str, Path]:
 
 def _flagged(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[Flagged]:
     """The cases that the models want looked at, the worst first."""
-    from medseg.io.sidecar import flags_in
+    from medseg.io.sidecar import flags_in, read_sidecar
     from medseg.report.page import Flagged, case_dice
 
     found = []
     for one in scored:
         dice = case_dice(one.rows)
         for case, path in _predictions(folder, one).items():
-            if why := flags_in(path):
+            if why := flags_in(read_sidecar(path)):
                 found.append((dice.get(case, 2.0), Flagged(one.configuration, case, why)))
     yield from (flagged for _, flagged in sorted(found, key=lambda pair: (pair[0], pair[1].case)))
 
@@ -342,8 +344,11 @@ def _length(folder: RunFolder, one: Scored) -> str:
     return str(log.get("options", ""))
 
 
-def _warnings(scored: tuple[Scored, ...], cases: int) -> Iterator[str]:
+def _warnings(scored: tuple[Scored, ...], packages: Mapping[str, ModelPackage], cases: int) -> Iterator[str]:
     for configuration in dict.fromkeys(one.configuration for one in scored):
         seen = {row.case for one in scored if one.configuration == configuration for row in one.rows}
         if len(seen) < cases:
             yield f"{configuration}: {len(seen)} of {cases} cases were scored, by the folds that were trained"
+    for name, package in packages.items():
+        if setbacks := package.provenance.get("setbacks"):
+            yield f"{name}: training went back {count(int(setbacks), 'time')} from a loss that was no number"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +16,12 @@ _FILES = {
 _CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def peak_memory() -> int:
-    """The most bytes that this process has held at a time."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident_memory(*, most: bool = False) -> int:
+    """Bytes of this process's memory, as Linux counts them: now, or the ``most`` that they ever were. (getrusage tells
+    what a process was forked from, too.)"""
+    what = "VmHWM" if most else "VmRSS"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
 def free_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +28,47 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{name}.json")
 
 
-def ignored_in(path: Path) -> int | None:
+def read_sidecar(path: Path) -> Mapping[str, Any]:
+    """What the sidecar of a label map tells; nothing where there is none, or none that is sound."""
+    try:
+        record = read_json(sidecar_of(path))
+    except InputError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def ignored_in(record: Mapping[str, Any]) -> int | None:
     """The label number whose voxels do not count for or against a label map, since its model was trained so;
-    None where there is none, or no sidecar."""
-    record = _read_or_none(sidecar_of(path))
-    number = record.get("ignore_label") if isinstance(record, dict) else None
+    None where its sidecar tells of none."""
+    number = record.get("ignore_label")
     return number if isinstance(number, int) else None
 
 
-def probabilities_of(path: Path) -> Path | None:
-    """The file of probabilities that belongs to a label map, where its sidecar names one."""
-    record = _read_or_none(sidecar_of(path))
-    name = record.get("probabilities") if isinstance(record, dict) else None
+def probabilities_in(record: Mapping[str, Any], path: Path) -> Path | None:
+    """The file of probabilities beside the label map ``path``, where its sidecar names one."""
+    name = record.get("probabilities")
     return path.with_name(Path(name).name) if isinstance(name, str) and Path(name).name else None
 
 
-def expected_in(path: Path, labels: LabelSet) -> dict[int, float]:
-    """The Dice that the model predicted, by label number; nothing where the sidecar tells of none."""
-    record = _read_or_none(sidecar_of(path))
-    organs = record.get("organs") if isinstance(record, dict) else None
-    known = [one for one in organs if isinstance(one, dict)] if isinstance(organs, list) else []
-    dice = {one.get("number"): one.get("predicted_dice") for one in known}
+def expected_in(record: Mapping[str, Any], labels: LabelSet) -> dict[int, float]:
+    """The Dice that the model predicted, by label number; nothing where a sidecar tells of none."""
+    dice = {one.get("number"): one.get("predicted_dice") for one in _listed(record, "organs")}
     return {n: float(value) for n in labels.numbers if isinstance(value := dice.get(n), float | int)}
 
 
-def flags_in(path: Path) -> tuple[str, ...]:
+def flags_in(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Why a prediction is to be looked at, as its sidecar tells; nothing where it need not."""
-    record = _read_or_none(sidecar_of(path))
-    flags = record.get("flags") if isinstance(record, dict) else None
-    known = [one for one in flags if isinstance(one, dict)] if isinstance(flags, list) else []
-    return tuple(str(one.get("reason", "")) for one in known if one.get("review"))
+    return tuple(str(one.get("reason", "")) for one in _listed(record, "flags") if one.get("review"))
+
+
+def tells_instances(record: Mapping[str, Any]) -> bool:
+    """Whether a sidecar lists instances, if only none."""
+    return "instances" in record
+
+
+def _listed(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    found = record.get(key)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def by_name(folder: Path) -> dict[str, Path]:
@@ -71,8 +83,7 @@ def by_name(folder: Path) -> dict[str, Path]:
             case = stem(path).removesuffix(SUFFIX)
             if case in found:
                 raise InputError(f"{found[case].name} and {path.name} are of one case", "Leave one of them", case=case)
-            record = _read_or_none(sidecar_of(path))
-            if isinstance(record, dict) and "model_sha256" in record:
+            if "model_sha256" in read_sidecar(path):
                 raise InputError(
                     f"{folder / INDEX} is missing", "Let `medseg predict` come to its end, with --skip-done"
                 )
@@ -87,19 +98,11 @@ def require_own(path: Path, *more: Path) -> None:
     would take the place of something that medseg did not make. The sidecar tells."""
     side = sidecar_of(path)
     if side.exists():
-        record = _read_or_none(side)
-        stranger = None if isinstance(record, dict) and "model_sha256" in record else side
+        stranger = None if "model_sha256" in read_sidecar(path) else side
     else:
         stranger = next((p for p in (path, *more) if p.exists()), None)
     if stranger:
         raise InputError(f"{stranger} is there already and was not made by medseg", "Move it, or name another with -o")
-
-
-def _read_or_none(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except InputError:
-        return None
 
 
 def write_index(path: Path, model: str, cases: dict[str, str], failed: dict[str, str]) -> None:
@@ -138,12 +141,6 @@ def read_prediction(path: Path, labels: LabelSet, case: str) -> LabelMap:
 def instances_of(path: Path) -> Path:
     """``scan_seg.nii.gz`` to ``scan_instances.nii.gz``."""
     return path.with_name(f"{sidecar_of(path).stem.removesuffix(SUFFIX)}{COUNTED}.nii.gz")
-
-
-def tells_instances(path: Path) -> bool:
-    """Whether the sidecar of a label map lists instances, if only none."""
-    record = _read_or_none(sidecar_of(path))
-    return isinstance(record, dict) and "instances" in record
 
 
 def read_instances(path: Path, labels: LabelSet, case: str) -> InstanceMap:

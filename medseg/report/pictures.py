@@ -23,10 +23,10 @@ MAPS = ("image", "reference", "prediction")
 _MOST_LABELS = 255
 # Pictures may fill this much of a page of 10 MB, or what else it allows; where they are more, they lose resolution.
 PICTURE_BYTES = 5_000_000
-_SIDES = (512, 256, 128, 64)
+_SIDES = (512, 256, 128, 64, 32)
 # Scans for the viewer may fill this much, and lose resolution likewise: so many voxels each.
 SCAN_BYTES = 3_000_000
-_VOXELS = (4_000_000, 1_500_000, 600_000, 250_000, 100_000, 40_000)
+_VOXELS = (4_000_000, 1_500_000, 600_000, 250_000, 100_000, 40_000, 10_000)
 _COLOURS = len(COLOURS)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.core.errors import InputError, MedsegError
-from medseg.core.memory import free_memory, peak_memory
+from medseg.core.memory import free_memory, resident_memory
 from medseg.core.provenance import digest, machine, versions
 from medseg.core.volume import LabelMap, Volume
 from medseg.evaluate.overlap import dice
@@ -309,7 +309,7 @@ def provenance(
         "setbacks": learner.setbacks,
         "start": identity["start"],
         "seconds": round(learner.seconds, 1),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": resident_memory(most=True),
         "machine": machine(),
         "plan": course.plan.digest(),
         **{name: identity[name] for name in ("unlabelled", "previous") if name in identity},

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from medseg.core.memory import resident_memory
 from medseg.core.provenance import processor_name
 from medseg.plan.cost import DoesNotFitError, Step
 from medseg.plan.plan import Configuration
@@ -101,7 +102,7 @@ def _measure(written: str, channels: int, classes: int, kind: str, threads: int)
     try:
         _steps(configuration, channels, classes, device, small, batch=1, most=1)
         _forget_peak(device)
-        before = _resident("VmRSS")
+        before = resident_memory()
         seconds = _steps(
             configuration, channels, classes, device, configuration.patch.value, configuration.batch.value, _MOST
         )
@@ -115,7 +116,7 @@ def _measure(written: str, channels: int, classes: int, kind: str, threads: int)
     if device.type == "cuda":
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
-        name, peak = processor_name(), _resident("VmHWM") - before
+        name, peak = processor_name(), resident_memory(most=True) - before
     return Step(statistics.median(seconds[len(seconds) // 3 :]), max(0, peak), name, threads)
 
 
@@ -184,9 +185,3 @@ def _forget_peak(device: torch.device) -> None:
         # A kernel that does not let it leaves the peak of the tiny step, which the whole one goes beyond.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident(what: str) -> int:
-    """Bytes of this process's memory, as Linux counts them: ``VmRSS`` now, ``VmHWM`` at the most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024

@@ -62,6 +62,15 @@ def test_a_case_that_the_model_flagged_is_shown_and_told(medseg: Any, made: Any,
     assert [one["case"] for one in document["flagged"]] == [case]
 
 
+def test_a_training_that_went_back_is_told(medseg: Any, made: Any, tmp_path: Path) -> None:
+    run = made.copy(tmp_path)
+    index = json.loads((run.model / "package.json").read_text())
+    index["provenance"]["setbacks"] = 2
+    (run.model / "package.json").write_text(json.dumps(index))
+    assert medseg("report", run.run).status == 0
+    assert "3d, fold 0: training went back 2 times" in (run.run / "report.html").read_text()
+
+
 def test_scores_of_an_earlier_version_are_refused(medseg: Any, made: Any, tmp_path: Path) -> None:
     spoilt = made.copy(tmp_path)
     scores = json.loads((spoilt.fold / "metrics.json").read_text())
