@@ -110,6 +110,8 @@ def paired(runs: Mapping[str, Sequence[CaseMetrics]], *, common: bool = False) -
                 f"{run} has label {twice[1]} twice", "Name one fold, or runs of folds apart", case=twice[0]
             )
     shared = set.intersection(*(set(rows) for rows in known.values()))
+    if not shared:
+        raise InputError(f"{' and '.join(runs)} have no case in common", _TASK)
     first, *others = known
     for run in others:
         if not common and (more := set(known[first]) ^ set(known[run])):
@@ -131,8 +133,6 @@ def paired(runs: Mapping[str, Sequence[CaseMetrics]], *, common: bool = False) -
             if ours.tolerance_mm != theirs.tolerance_mm:
                 fault = f"{ours.name} was scored at {ours.tolerance_mm:g} mm in {first}"
                 raise InputError(f"{fault}, at {theirs.tolerance_mm:g} in {run}", "Score with the same --tolerance")
-    if not shared:
-        raise InputError(f"{' and '.join(runs)} have no case in common", _TASK)
     order = sorted(shared)
     return {run: [rows[key] for key in order] for run, rows in known.items()}
 

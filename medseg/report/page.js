@@ -23,7 +23,7 @@ const style = () => {
     colours: Array.from({ length: 8 }, (_, n) => of(`--c${n}`)),
   };
 };
-// A plot is drawn when it comes near the screen, or on paper.
+// In a large page a plot is drawn when it comes near the screen, or on paper.
 const waiting = new Map();
 const near = new IntersectionObserver(seen => {
   for (const { target } of seen.filter(one => one.isIntersecting)) { near.unobserve(target); waiting.get(target)?.(); waiting.delete(target); }
@@ -31,6 +31,10 @@ const near = new IntersectionObserver(seen => {
 addEventListener("beforeprint", () => { for (const begin of waiting.values()) begin(); waiting.clear(); });
 const paint = (element, option, open) => {
   const plot = { redraw: () => {} };
+  if (!document.body.classList.contains("large")) {
+    begin(plot, element, option, open);
+    return plot;
+  }
   waiting.set(element, () => begin(plot, element, option, open));
   near.observe(element);
   return plot;
@@ -192,11 +196,12 @@ const volumes = () => {
   const mine = paint(place, look => {
     const one = data.agreement[which.value], organ = data.organs.indexOf(one.name);
     const configuration = data.configurations.indexOf(one.configuration);
+    const room = 0.1 * (one.high - one.low || 1);
     const line = (value, text) => ({ yAxis: value, label: { formatter: text, color: look.soft, position: "insideEndTop" } });
     return {
       grid: { left: 76, right: 24, top: 16, bottom: 46 },
       xAxis: axis(look, "mean of reference and prediction (ml)"), yAxis: axis(look, "predicted less reference (ml)", {
-        nameGap: 54, min: r => Math.min(r.min, one.low), max: r => Math.max(r.max, one.high),
+        nameGap: 54, min: r => Math.min(r.min, one.low) - room, max: r => Math.max(r.max, one.high) + room,
         axisLabel: { color: look.soft, formatter: v => Number(v.toPrecision(3)).toString() } }),
       tooltip: { confine: true, backgroundColor: look.card, borderColor: look.rule, textStyle: { color: look.ink }, formatter: p =>
         p.value.length < 3 ? "" : safe(`${said(data.rows[p.value[2]])}: ${told(data.rows[p.value[2]][PREDICTED], 2)} ml, reference ${told(data.rows[p.value[2]][REFERENCE], 2)} ml`) },

@@ -49,6 +49,8 @@ Kind = Literal["best", "median", "worst", "flagged"]
 _PAGE_BYTES = 9_000_000
 # It keeps so many rows of cases: those that are shown, and the worst ones.
 _ROWS = 30_000
+# From so many rows or pictures on, what is not on the screen is neither laid out nor drawn.
+_LARGE, _MANY = 5000, 12
 _COLOURS = len(COLOURS)
 
 
@@ -186,7 +188,6 @@ def report(run: RunPage) -> str:
     kept = scans(shown, min(SCAN_BYTES, 2 * room // 5))
     context = {
         "run": run,
-        "case_columns": CASE_COLUMNS,
         "organ_columns": ORGAN_COLUMNS,
         "mean_sd": mean_sd,
         "text": text_of,
@@ -204,6 +205,7 @@ def report(run: RunPage) -> str:
         "predicted": any(s.predicted for s in run.scored),
         "reliable": data["reliable"],
         "agreement": data["agreement"],
+        "large": len(data["rows"]) > _LARGE or len(shown) > _MANY,
         "pictures": list(zip(overlays, pictures(shown, min(PICTURE_BYTES, 3 * room // 5)), strict=True)),
         "data": drawn,
         "scans": embedded(kept),
