@@ -37,6 +37,7 @@ def overview(runs: Sequence[Run]) -> str:
         "lines": lines,
         "runs": told,
         "warnings": warnings,
+        "published": any(run.page.published for run in runs),
         "structure_colours": COLOURS,
         "script": resource("tables.js"),
     }

@@ -97,14 +97,15 @@ const distributions = () => {
     });
     const name = line => present.length > 1
       ? `${data.organs[line.organ]} · ${data.configurations[line.configuration]}` : data.organs[line.organ];
+    const wide = Math.min(Math.max(...lines.map(line => 7.5 * name(line).length)), place.clientWidth / 3);
     const heights = { min: -.5, max: lines.length - .5 };
     const colour = line => look.colours[line.configuration % 8];
     return {
-      grid: { left: 8, right: 24, top: 12, bottom: 48, containLabel: true },
+      grid: { left: wide + 16, right: 24, top: 12, bottom: 48 },
       xAxis: axis(look, unit ? `${heading} (${unit})` : heading, unit ? {} : { max: 1 }),
       yAxis: [
         { type: "category", inverse: true, data: lines.map(name), axisTick: { show: false },
-          axisLabel: { color: look.ink, width: Math.min(170, place.clientWidth / 3), overflow: "truncate", interval: 0 },
+          axisLabel: { color: look.ink, fontSize: 12, width: wide, overflow: "truncate", interval: 0 },
           axisLine: { lineStyle: { color: look.rule } } },
         { type: "value", inverse: true, show: false, ...heights },
       ],
