@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.infer.engine import Engine, Float32, OpenVinoEngine, open_engine, openvino_core
+from medseg.infer.engine import Engine, Float32, OpenVinoEngine, has_openvino, open_engine, openvino_core
 from medseg.models.package import Agreement, ModelPackage
 from medseg.plan.plan import Configuration
 
@@ -23,7 +23,7 @@ def measure(
     precision ("openvino-f32"). ``images`` are preprocessed cases (C, X, Y, Z) by name, of which each
     engine looks at one tile, and at further ones until its part of the ``seconds`` is over. Empty where
     there is no other engine, or no case."""
-    if not package.graphs or not images:
+    if not package.graphs or not images or not has_openvino():
         return {}
     reference = open_engine(package, "torch-cpu", threads, precision="f32")
     capable = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -421,6 +421,11 @@ def import_openvino() -> Any:
         raise InputError("OpenVINO is not installed", "Use --engine torch-cpu, or pip install openvino") from None
 
 
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed; it is not made for every processor."""
+    return importlib.util.find_spec("openvino") is not None
+
+
 @functools.cache
 def openvino_core() -> Any:
     """The one core of this process, which is never let go of.
@@ -443,8 +448,7 @@ def _choose(package: ModelPackage) -> str:
 
         if torch.cuda.is_available():
             return "torch-cuda"
-    at_hand = package.graphs and importlib.util.find_spec("openvino")
-    return "openvino" if at_hand and _agrees(package, "openvino-f32") else "torch-cpu"
+    return "openvino" if package.graphs and has_openvino() and _agrees(package, "openvino-f32") else "torch-cpu"
 
 
 def _agrees(package: ModelPackage, engine: str) -> bool:
