@@ -20,13 +20,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+
+from medseg.core.errors import MedsegError
 
 # Read by CUDA's library of matrices when it is loaded; deterministic steps want it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -67,7 +69,7 @@ def planned(family: str, size: int, scan: str) -> Any:
     return _volumes(measured, SIZES[size], family)  # type: ignore[arg-type]
 
 
-def families(out: Path, task: Path | None) -> Any:
+def families(out: Path, task: Path | None, only: Sequence[str] = ()) -> Any:
     """Of each family's step: time by what is reckoned, memory by what is reckoned, and whether two runs of three
     steps in deterministic mode end with the same weights."""
     from medseg.plan.cost import estimate
@@ -75,7 +77,7 @@ def families(out: Path, task: Path | None) -> Any:
     from medseg.train.measure import measure_step
 
     rows = []
-    for family in TRAINED:
+    for family in only or TRAINED:
         for scan, size in (("small", 4), ("large", 6)):
             row: dict[str, Any] = {"family": family, "scan": scan}
             try:
@@ -90,7 +92,7 @@ def families(out: Path, task: Path | None) -> Any:
                 }
                 if scan == "small":
                     row["repeats"] = repeats(configuration)
-            except Exception as error:
+            except (RuntimeError, MedsegError) as error:
                 row["failed"] = f"{type(error).__name__}: {error}"[:300]
             print(json.dumps(row), flush=True)
             rows.append(row)
@@ -101,7 +103,7 @@ def repeats(configuration: Any) -> str:
     """Whether three deterministic steps, twice, end with the same weights."""
     try:
         return "yes" if three_steps(configuration) == three_steps(configuration) else "NO"
-    except Exception as error:
+    except RuntimeError as error:
         return f"{type(error).__name__}: {error}"[:300]
     finally:
         torch.use_deterministic_algorithms(False)
@@ -148,9 +150,9 @@ def repeat(out: Path, task: Path | None) -> Any:
             subprocess.run(["cp", "-r", first, folder], check=True)
         command = [*MEDSEG, "train", str(folder), "-c", "3d", *options]
         if stop:
-            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-                assert process.stderr
-                for line in process.stderr:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout
+                for line in process.stdout:
                     if line.startswith("step 100/"):
                         process.send_signal(stop)
             print(f"{name}: stopped with {process.returncode}", flush=True)
@@ -254,7 +256,7 @@ def peer(out: Path, task: Path | None) -> Any:
             first = time.perf_counter() - before
             ms = timed(lambda: train_step(run, optimiser, images, targets))
             rows[name] = {"ms": ms, "gib": torch.cuda.max_memory_allocated() / GIB, "first_s": first}
-        except Exception as error:
+        except (RuntimeError, MedsegError) as error:
             rows[name] = f"{type(error).__name__}: {error}"[:300]
         print(name, rows[name], flush=True)
         torch._dynamo.reset()
@@ -268,13 +270,12 @@ def peer(out: Path, task: Path | None) -> Any:
 
     def theirs() -> torch.nn.Module:
         stages = len(network_plan.features)
-        network = PlainConvUNet(
+        return PlainConvUNet(
             1, stages, list(network_plan.features), torch.nn.Conv3d, [list(k) for k in network_plan.kernels],
             [list(s) for s in network_plan.strides], 2, 3, 2, conv_bias=True, norm_op=torch.nn.InstanceNorm3d,
             norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=torch.nn.LeakyReLU, nonlin_kwargs={"inplace": True},
             deep_supervision=True,
         )  # fmt: skip
-        return network
 
     measured("nnunet", theirs, False)
     measured("nnunet compiled", theirs, True)
@@ -342,15 +343,14 @@ def ct(out: Path, task: Path | None) -> Any:
     medseg("models", "import", trained, "-o", model)
     rows = {}
     for name, options in (("usual", []), ("--quality", ["--quality"])):
+        command = [*MEDSEG, "predict", scan, "-m", model, "-o", out / "ct.out", *options]
         sampler = subprocess.Popen(
             ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "200"],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         before = time.perf_counter()
-        ran = subprocess.run(
-            [sys.executable, str(HERE.parent / "measure.py"), *MEDSEG, "predict", str(scan), "-m", str(model), "-o", str(out / "ct.out"), *options],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        measured = [sys.executable, HERE.parent / "measure.py", *command]
+        ran = subprocess.run([str(word) for word in measured], capture_output=True, text=True)
         seconds = time.perf_counter() - before
         sampler.terminate()
         used = max(int(line) for line in (sampler.communicate()[0] or "0").split())
@@ -366,6 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--task", type=Path)
+    parser.add_argument("--family", nargs="*", default=[], help="those of the part `families`; all unless given")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -376,9 +377,10 @@ def main() -> None:
         begun = time.perf_counter()
         print(f"\n== {name}", flush=True)
         try:
-            found = PARTS[name](given.out, given.task)
+            more = {"only": given.family} if name == "families" else {}
+            found = PARTS[name](given.out, given.task, **more)
             (given.out / f"{name}.json").write_text(json.dumps(found, indent=1))
-        except Exception:
+        except Exception:  # noqa: BLE001 - the other parts are measured all the same
             traceback.print_exc()
         print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
 

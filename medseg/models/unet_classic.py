@@ -51,7 +51,7 @@ class _Layers:
         self._flat = dimensions == 2
 
     def pool(self, stride: Axes) -> nn.Module:
-        return nn.MaxPool2d(stride) if self._flat else nn.MaxPool3d(stride)
+        return nn.MaxPool2d(stride) if self._flat else _MaxPool3d(stride)
 
     def up(self, ins: int, outs: int, stride: Axes) -> Any:
         layer: Any = nn.ConvTranspose2d if self._flat else nn.ConvTranspose3d
@@ -59,6 +59,24 @@ class _Layers:
 
     def last(self, ins: int, classes: int) -> nn.Module:
         return nn.Conv2d(ins, classes, 1) if self._flat else nn.Conv3d(ins, classes, 1)
+
+
+class _MaxPool3d(nn.MaxPool3d):
+    """The same, also where only algorithms that repeat themselves are allowed: torch has none for its gradient on
+    a GPU. Voxels that share a window's maximum then share its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+            return super().forward(x)
+        return largest_of_windows(x, self.kernel_size)
+
+
+def largest_of_windows(x: Tensor, size: Axes) -> Tensor:
+    """The maximum (B, C, X / size, ...) of windows side by side; what fills no window is left out."""
+    whole = [n // s for n, s in zip(x.shape[2:], size, strict=True)]
+    kept = x[(..., *(slice(0, n * s) for n, s in zip(whole, size, strict=True)))]
+    windows = kept.reshape(*x.shape[:2], *(n for pair in zip(whole, size, strict=True) for n in pair))
+    return windows.amax(dim=[3 + 2 * axis for axis in range(len(whole))])
 
 
 def _double(stage: Stage, ins: int) -> nn.Module:

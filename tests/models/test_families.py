@@ -20,6 +20,7 @@ from medseg.infer.engine import TorchEngine, open_engine
 from medseg.infer.predict import segment
 from medseg.models.build import build
 from medseg.models.package import ModelPackage, load_package, save_package
+from medseg.models.unet_classic import largest_of_windows
 from medseg.plan.families import FAMILIES, TRAINED
 from medseg.plan.plan import Configuration
 from medseg.plan.planner import sketch
@@ -156,7 +157,7 @@ def test_a_package_holds_it_in_a_form_that_others_run(
     package = load_package(tmp_path / "model")
     assert package.graphs, package.not_portable
     tiles = np.random.default_rng(0).normal(size=(3, CHANNELS, *configuration.patch.value)).astype(np.float32)
-    ours, theirs = (open_engine(package, engine, 1) for engine in ("torch-cpu", "openvino"))
+    ours, theirs = (open_engine(package, name, 1, precision="f32") for name in ("torch-cpu", "openvino"))
     expected, found = (engine.numpy(engine.run(tiles)) for engine in (ours, theirs))
     # Swin's deepest norm is of two voxels here, and enlarges what is rounded.
     np.testing.assert_allclose(found, expected, atol=(1e-3 if family == "swinunetr" else 2e-4) * abs(expected).max())
@@ -218,3 +219,16 @@ def _dice(network: nn.Module, images: Tensor, target: Tensor) -> float:
         2 * ((found == k) & (target == k)).sum() / ((found == k).sum() + (target == k).sum()) for k in range(1, CLASSES)
     ]
     return float(np.mean([float(score) for score in scores]))
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (1, 2, 2), (2, 1, 3)])
+def test_the_pooling_that_repeats_itself_on_a_gpu_pools_alike(size: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    x, other = (torch.rand((2, 3, 9, 8, 7), requires_grad=True) for _ in range(2))
+    with torch.no_grad():
+        other.copy_(x)
+    usual, repeatable = torch.nn.functional.max_pool3d(x, size), largest_of_windows(other, size)
+    assert torch.equal(usual, repeatable)
+    (usual**2).sum().backward()
+    (repeatable**2).sum().backward()
+    assert torch.equal(x.grad, other.grad)
