@@ -101,8 +101,11 @@ def build(configuration: Configuration, channels: int, classes: int) -> nn.Modul
     ...) of the same size; in training mode a list of them, from full resolution down, for deep
     supervision. ``classes`` counts the background.
     """
+    from medseg.models.layers import exact_where_small
+
     network = BUILDERS[configuration.network.value.family](configuration, channels, classes)
     _only_floats(network)
+    exact_where_small(network)
     return network
 
 

@@ -3,6 +3,7 @@ and the list of outputs that training expects."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +113,34 @@ class Single(nn.Module):
         """Logits (B, classes, ...); in training a list of one."""
         out: Tensor = self.network(x)
         return [out] if self.training else out
+
+
+class _Exact:
+    """A convolution that is computed in full precision on a processor where an axis is shorter than its kernel: of
+    such oneDNN's gradient of bfloat16 weights reads memory that nobody wrote (seen with torch 2.13, Zen 4)."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        compute: Callable[..., Tensor] = super()._conv_forward  # type: ignore[misc]
+        shorter = any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))
+        if not (shorter and x.is_cpu and torch.is_autocast_enabled("cpu")):
+            return compute(x, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            return compute(x.float(), weight, bias)
+
+
+class _Exact2d(_Exact, nn.Conv2d):
+    pass
+
+
+class _Exact3d(_Exact, nn.Conv3d):
+    pass
+
+
+def exact_where_small(network: nn.Module) -> None:
+    """Lets a network's convolutions, also those of libraries, be computed in full precision where half of it
+    gives wrong gradients."""
+    for module in network.modules():
+        if type(module) is nn.Conv3d:
+            module.__class__ = _Exact3d
+        elif type(module) is nn.Conv2d:
+            module.__class__ = _Exact2d

@@ -19,6 +19,7 @@ from medseg.dataset.task import load_case, load_task
 from medseg.infer.engine import TorchEngine, open_engine
 from medseg.infer.predict import segment
 from medseg.models.build import build
+from medseg.models.layers import exact_where_small
 from medseg.models.package import ModelPackage, load_package, save_package
 from medseg.models.unet_classic import largest_of_windows
 from medseg.plan.families import FAMILIES, TRAINED
@@ -232,3 +233,23 @@ def test_the_pooling_that_repeats_itself_on_a_gpu_pools_alike(size: tuple[int, i
     (usual**2).sum().backward()
     (repeatable**2).sum().backward()
     assert torch.equal(x.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride"), [((2, 4, 4), 3, 1), ((1, 1, 1), 3, 2), ((3, 1, 3), (1, 3, 3), 2), ((1, 1), 3, 2)]
+)
+def test_in_half_precision_gradients_of_short_axes_are_those_of_whole(shape: Any, kernel: Any, stride: int) -> None:
+    """oneDNN's read memory that nobody wrote, on processors with bfloat16."""
+    torch.manual_seed(0)
+    layer = (nn.Conv2d if len(shape) == 2 else nn.Conv3d)(32, 32, kernel, stride, padding=1)
+    exact_where_small(layer)
+    x = torch.randn((2, 32, *shape))
+    layer(x).sum().backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    for _ in range(3):
+        left = [torch.full((n,), torch.nan) for n in (1024, 16384, 65536, 262144)]
+        del left
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+    assert torch.allclose(layer.weight.grad, 3 * expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
