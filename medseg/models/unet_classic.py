@@ -68,14 +68,16 @@ class _MaxPool3d(nn.MaxPool3d):
     def forward(self, x: Tensor) -> Tensor:
         if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
             return super().forward(x)
-        return largest_of_windows(x, self.kernel_size)
+        size: Any = self.kernel_size
+        return largest_of_windows(x, size)
 
 
 def largest_of_windows(x: Tensor, size: Axes) -> Tensor:
     """The maximum (B, C, X / size, ...) of windows side by side; what fills no window is left out."""
     whole = [n // s for n, s in zip(x.shape[2:], size, strict=True)]
-    kept = x[(..., *(slice(0, n * s) for n, s in zip(whole, size, strict=True)))]
-    windows = kept.reshape(*x.shape[:2], *(n for pair in zip(whole, size, strict=True) for n in pair))
+    for axis, (n, s) in enumerate(zip(whole, size, strict=True), 2):
+        x = x.narrow(axis, 0, n * s)
+    windows = x.reshape(*x.shape[:2], *(n for pair in zip(whole, size, strict=True) for n in pair))
     return windows.amax(dim=[3 + 2 * axis for axis in range(len(whole))])
 
 
