@@ -300,10 +300,10 @@ def feed(out: Path, task: Path | None) -> Any:
         labels[200:300, 200:300, 400:600] = 1
         store.write("case0", image, labels, {})
     case = store.read("case0")
-    plan_path = out / "repeat" / "plan.json"
-    plan = parse_plan(json.loads(plan_path.read_text())) if plan_path.exists() else None
-    if plan is None:
+    path = out / "repeat" / "plan.json"
+    if not path.exists():
         return "the part `repeat` makes the plan that this one takes"
+    plan = parse_plan(json.loads(path.read_text()), str(path))
     plan = plan.model_copy(update={"channels": plan.channels[:1]})
     rows = {}
     for name, memory in (("kept", None), ("read each time", 0)):

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from medseg.cli.predict import _show_flagged
 from medseg.core.labels import LabelSet
+from medseg.infer.engine import torch_precision
 from medseg.io.nifti import read_labels, read_volume
 from medseg.models.package import load_package, save_package
 from medseg.plan.plan import read_plan
@@ -134,7 +136,9 @@ def test_the_scores_are_those_of_the_training_log(made: Any) -> None:
     assert len(rows) == 4
     dice = [float(row["dice"]) for row in rows]
     log = json.loads((made.fold / "log.json").read_text())
-    assert sum(dice) / 4 == pytest.approx(log["records"][-1]["dice"], abs=1e-4)
+    # Another engine computes, and on some processors both in half precision.
+    near = 1e-4 if torch_precision(torch.device("cpu")) == "f32" else 5e-3
+    assert sum(dice) / 4 == pytest.approx(log["records"][-1]["dice"], abs=near)
     assert min(dice) > 0.5
 
 

@@ -325,7 +325,8 @@ def test_sgd_learns_and_is_taken_up_again_too(small_plan: Any, task: Task, tmp_p
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own use of it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_compiled_it_trains_the_same(bench: Bench) -> None:
+def test_compiled_it_trains_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg.train.loop.torch_precision", lambda device: "f32")
     plain, _ = bench.run("plain", steps=4)
     training = bench.plan.training.model_copy(update={"compile": True})
     bench.plan = bench.plan.model_copy(update={"training": training})

@@ -9,6 +9,7 @@ import torch
 
 from medseg.core.errors import InputError
 from medseg.core.provenance import processor_name
+from medseg.infer.engine import torch_precision
 from medseg.plan.cost import DoesNotFitError, estimate
 from medseg.train.measure import _alone, find_gpu, measure_step
 
@@ -17,7 +18,7 @@ def test_memory_is_what_was_reckoned(small_plan: Any) -> None:
     """Within a third; benchmarks/plan says how near in truth."""
     c = small_plan(patch=(48, 48, 48), features=(16, 32, 64, 64)).configuration("3d")
     found = measure_step(c, 1, 3, kind="cpu", threads=1)
-    reckoned = estimate(c, 1, 3, kind="cpu", half=False)
+    reckoned = estimate(c, 1, 3, kind="cpu", half=torch_precision(torch.device("cpu")) != "f32")
     assert found.memory_bytes == pytest.approx(reckoned.memory_bytes, rel=0.34)
     assert found.seconds > 0
     assert (found.measured_on, found.threads) == (processor_name(), 1)
