@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,22 +26,37 @@ _A4 = (8.27, 11.69)
 _INK, _SOFT, _BLUE = "#16212a", "#55636e", "#0068a8"
 _LINES, _BOXES = 34, 20  # organs on a page, as lines and as boxes
 _PICTURES = 4
+_OF_MANY_LANGUAGES = ("NotoSansCJK", "DroidSansFallback", "wqy-", "SourceHanSans", "ipag")
 
 
 def summary(run: RunPage) -> bytes:
     """A PDF document (A4). The same run gives the same bytes.
 
-    Raises InputError as `page.report` does.
+    Letters that matplotlib's own font has not are taken from those of this machine that are made for many
+    languages, where there are any. Raises InputError as `page.report` does.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
     file = io.BytesIO()
-    with PdfPages(
-        file, metadata={"Title": run.title, "Creator": "medseg", "Producer": None, "CreationDate": None}
-    ) as pdf:
+    about = {"Title": run.title, "Creator": "medseg", "Producer": None, "CreationDate": None}
+    with rc_context({"font.family": _fonts()}), PdfPages(file, metadata=about) as pdf:
         for figure in _pages(run):
             pdf.savefig(figure)
     return file.getvalue()
+
+
+def _fonts() -> list[str]:
+    """Names of fonts, of which each gives the letters that those before it lack."""
+    from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager
+
+    names = []
+    # Looked for anew: matplotlib remembers those that were here when it was first used.
+    for path in sorted(findSystemFonts()):
+        if Path(path).name.startswith(_OF_MANY_LANGUAGES):
+            fontManager.addfont(path)
+            names.append(FontProperties(fname=path).get_name())
+    return ["DejaVu Sans", *dict.fromkeys(names)]
 
 
 def _pages(run: RunPage) -> Iterator[Figure]:
