@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -197,6 +198,14 @@ class RunFolder:
     def checkpoints(self, configuration: str, fold: int) -> Path:
         """Checkpoints, apart from everything that a workflow declares as output and may delete."""
         return self.path / "checkpoints" / configuration / f"fold{fold}"
+
+    def alone(self, *work: str) -> contextlib.AbstractContextManager[None]:
+        """Nobody else does this ``work`` (train, 3d, fold0) of the run meanwhile: who is at it is waited for. What it
+        leaves is then found done, as by one whose workflow was killed and started again."""
+        from medseg.io.files import alone
+
+        lock = self.path.joinpath("checkpoints", *work[1:], f"{work[0]}.lock")
+        return alone(lock, " ".join(work), lambda told: click.echo(told, err=True))
 
     def package(self, configuration: str, fold: int) -> ModelPackage | None:
         """The model of a fold; None where it has not been trained."""

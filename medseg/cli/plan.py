@@ -119,39 +119,40 @@ def plan(
     wanted = Unlabelled(scans, pretrain="pretrain" in unlabelled, teacher="teacher" in unlabelled)
     run = RunFolder(new_folder(output, holds="run.json"))
     _require_same_task(run, loaded.name)
-    measured = fingerprint(loaded, progress=progress("measure"))
-    at_hand = measure and (kind == "cpu" or _this_machine() == "gpu")
-    target = _target(kind, dict(budget), steps, gpu_memory if kind == "gpu" else memory, at_hand)
-    meter = _meter(kind, threads or available_cores()) if at_hand else None
-    decided = make_plan(
-        measured, loaded.labels, wanted.leaves(target), meter=meter, optional_channels=optional, family=family
-    )
-    if unlabelled:
-        decided = wanted.decided(decided, len(loaded.cases), target)
-    kept = not splits and run.folds_file.exists()
-    if splits:
-        dealt = read_folds(splits, loaded)
-        if found := leaks(loaded, dealt):
-            click.echo(f"warning: {splits} has {len(found)} subjects on both sides of a fold", err=True)
-    elif kept and _as_many(dealt := run.folds(loaded), folds, loaded):
-        click.echo(f"kept {run.folds_file}", err=True)
-    else:
-        kept, count = False, folds or _FOLDS
-        dealt = make_folds(loaded, count, seed=seed, duplicates=measured.duplicates)
-        if len(dealt) < count:
-            click.echo(f"{len(dealt)} folds, not {count}: there are no more subjects", err=True)
-    write_json(run.index, {"format": 1, "task": str(task.resolve())})
-    write_json(run.path / "fingerprint.json", measured.model_dump(mode="json"))
-    if not kept:
-        _keep_edited_folds(run, loaded, dealt)
-        write_folds(run.folds_file, loaded, dealt)
-    _keep_edited(run.plan_file, decided.digest())
-    write_plan(run.plan_file, decided)
-    for name, c in decided.configurations.items():
-        click.echo(_told(name, c))
-    axes = ", ".join("xyz"[axis] for axis in decided.training.augmentation.value.mirror) or "no axis"
-    click.echo(f"mirrored along {axes} (why, and all other reasons, in {run.plan_file})")
-    click.echo(f"{len(loaded.cases)} cases in {len(dealt)} folds; {run.plan_file} may be edited")
+    with run.alone("plan"):
+        measured = fingerprint(loaded, progress=progress("measure"))
+        at_hand = measure and (kind == "cpu" or _this_machine() == "gpu")
+        target = _target(kind, dict(budget), steps, gpu_memory if kind == "gpu" else memory, at_hand)
+        meter = _meter(kind, threads or available_cores()) if at_hand else None
+        decided = make_plan(
+            measured, loaded.labels, wanted.leaves(target), meter=meter, optional_channels=optional, family=family
+        )
+        if unlabelled:
+            decided = wanted.decided(decided, len(loaded.cases), target)
+        kept = not splits and run.folds_file.exists()
+        if splits:
+            dealt = read_folds(splits, loaded)
+            if found := leaks(loaded, dealt):
+                click.echo(f"warning: {splits} has {len(found)} subjects on both sides of a fold", err=True)
+        elif kept and _as_many(dealt := run.folds(loaded), folds, loaded):
+            click.echo(f"kept {run.folds_file}", err=True)
+        else:
+            kept, count = False, folds or _FOLDS
+            dealt = make_folds(loaded, count, seed=seed, duplicates=measured.duplicates)
+            if len(dealt) < count:
+                click.echo(f"{len(dealt)} folds, not {count}: there are no more subjects", err=True)
+        write_json(run.index, {"format": 1, "task": str(task.resolve())})
+        write_json(run.path / "fingerprint.json", measured.model_dump(mode="json"))
+        if not kept:
+            _keep_edited_folds(run, loaded, dealt)
+            write_folds(run.folds_file, loaded, dealt)
+        _keep_edited(run.plan_file, decided.digest())
+        write_plan(run.plan_file, decided)
+        for name, c in decided.configurations.items():
+            click.echo(_told(name, c))
+        axes = ", ".join("xyz"[axis] for axis in decided.training.augmentation.value.mirror) or "no axis"
+        click.echo(f"mirrored along {axes} (why, and all other reasons, in {run.plan_file})")
+        click.echo(f"{len(loaded.cases)} cases in {len(dealt)} folds; {run.plan_file} may be edited")
 
 
 def _require_sense(

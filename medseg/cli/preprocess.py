@@ -98,10 +98,11 @@ def preprocess(run: Path, configuration: str, threads: int | None) -> None:
         index = (plan.preparation(configuration), configuration, models)
         _fill(path, cases, one, index, threads or available_cores())
 
-    if scans:
-        fill(folder.unlabelled(configuration), scans, unlabelled)
-        click.echo(f"{len(scans)} scans without labels in {folder.unlabelled(configuration)}")
-    fill(folder.store(configuration), task.cases, labelled)
+    with folder.alone("preprocess", configuration):
+        if scans:
+            fill(folder.unlabelled(configuration), scans, unlabelled)
+            click.echo(f"{len(scans)} scans without labels in {folder.unlabelled(configuration)}")
+        fill(folder.store(configuration), task.cases, labelled)
     click.echo(f"{len(task.cases)} cases in {folder.store(configuration)}")
 
 

@@ -151,6 +151,39 @@ def train(
     if len(configurations) > 1:
         raise click.UsageError("Several configurations go with --all-folds")
     configuration = configurations[0] if configurations else "3d"
+    with RunFolder(run).alone("train", configuration, f"fold{fold}") if _first() else contextlib.nullcontext():
+        _train_fold(
+            run,
+            configuration,
+            fold,
+            checkpoints=checkpoints,
+            mlflow=mlflow,
+            start=start,
+            deterministic=deterministic,
+            seed=seed,
+            device=device,
+            cores=cores,
+        )
+
+
+def _first() -> bool:
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _train_fold(
+    run: Path,
+    configuration: str,
+    fold: int,
+    *,
+    checkpoints: Path | None,
+    mlflow: str | None,
+    start: Path | None,
+    deterministic: bool,
+    seed: int,
+    device: str,
+    cores: int,
+) -> None:
     from tqdm import tqdm
 
     from medseg.cli.stages import first_stage

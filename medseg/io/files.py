@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,6 +74,53 @@ def read_json(path: Path, remedy: str = "Write it anew") -> Any:
 
 def _no_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
+
+
+# How often one that waits for another looks whether it has ended.
+_LOOK = 1.0
+
+
+@contextlib.contextmanager
+def alone(lock: Path, work: str, waiting: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Nobody else holds the file ``lock`` meanwhile, on this machine or, where the file system tells machines of each
+    other's locks, on another. It is let go of when its process ends, however that ends.
+
+    Where another holds it, ``waiting`` is told who that is, and it is waited for; without, MedsegError. ``work``
+    says in a few words what is being done. Where the file system has no locks at all, nothing is waited for.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    except OSError as error:
+        raise MedsegError(f"cannot write {lock.parent}: {error.strerror or error}. Choose another folder.") from error
+    with file:
+        if not _locked(file.fileno()):
+            file.seek(0)
+            other = f"{work} is done there already ({file.read(200).strip() or 'by an unknown process'})"
+            if waiting is None:
+                raise MedsegError(f"{other}: {lock.parent}. Wait until it has ended, or stop it.")
+            waiting(f"{other}: {lock.parent}; waiting for its end")
+            while not _locked(file.fileno()):
+                time.sleep(_LOOK)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _locked(file: int) -> bool:
+    """Whether the lock was had, or there are none to be had here."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def new_folder(path: Path, *, holds: str) -> Path:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from medseg.core.errors import InputError, MedsegError
-from medseg.io.files import atomic, write_bytes, write_text
+from medseg.core.errors import InputError
+from medseg.io.files import alone, atomic, write_bytes, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,28 +63,12 @@ class RunLog:
 
     @contextlib.contextmanager
     def alone(self, write: bool = True) -> Iterator[None]:
-        """No other run writes here meanwhile. The lock ends with its process, however that ends.
-        Raises MedsegError where another holds it; one that does not ``write`` needs none."""
+        """No other run writes here meanwhile; MedsegError where one does. One that does not ``write`` needs no lock."""
         if not write:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise MedsegError(
-                    f"another training is at work in {self.folder} ({file.read(200).strip() or 'unknown'}). "
-                    "Wait until it has ended, or stop it."
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                file.truncate(0)
+        with alone(self.folder / "lock", "another training"):
+            yield
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: bool = False) -> None:
         """Write a checkpoint atomically: tensors by name, and what JSON can hold. The one before it stays.

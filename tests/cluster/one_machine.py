@@ -1,0 +1,156 @@
+"""A SLURM of one machine, without systemd: slurmctld, slurmd and munged, as Debian's slurm-wlm has them.
+
+    python tests/cluster/one_machine.py
+
+starts one, says how to use it, and stops it on ctrl-C. It wants root, since slurm.conf must sit in its usual place;
+one that it did not write is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ETC = Path("/etc/slurm")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
+_MARK = "# written by medseg's tests\n"
+# More cores than there are, so that several small jobs run at once; a character device stands for a GPU. Memory is
+# looked at each second, and a job that takes more than it asked for is ended.
+_CONF = """{mark}ClusterName=medseg
+SlurmctldHost={host}
+SlurmUser=root
+AuthType=auth/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
+AccountingStorageType=accounting_storage/none
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
+SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+ReturnToService=2
+MinJobAge=300
+KillWait=5
+OverTimeLimit=0
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmdSpoolDir={folder}/spool
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 CoresPerSocket=4 RealMemory=16000 Gres=gpu:1 State=UNKNOWN
+PartitionName=normal Nodes={host} Default=YES MaxTime=120 DefaultTime=10 PriorityTier=1 State=UP
+PartitionName=urgent Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+"""
+
+
+def why_not() -> str | None:
+    """Why no such SLURM can be started here; None where it can."""
+    if missing := [name for name in PROGRAMS if shutil.which(name) is None and not Path(f"/usr/sbin/{name}").exists()]:
+        return f"there is no {missing[0]}"
+    if os.geteuid() != 0:
+        return "only root can start it"
+    conf = ETC / "slurm.conf"
+    if conf.exists() and not conf.read_text().startswith(_MARK):
+        return f"{conf} is someone else's"
+    return None
+
+
+class Slurm:
+    """A running one, whose state and logs are in ``folder``; a context."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._own: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Slurm:
+        host = socket.gethostname().split(".")[0]
+        for name in ("spool", "state"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        ETC.mkdir(exist_ok=True)
+        (ETC / "slurm.conf").write_text(_CONF.format(mark=_MARK, host=host, folder=self.folder))
+        (ETC / "gres.conf").write_text(f"{_MARK}NodeName={host} Name=gpu File=/dev/zero\n")
+        self._munge()
+        self._start("slurmctld", "-D")
+        self._start("slurmd", "-D")
+        self._until(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), "the node is not idle")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["scancel", "--state=PENDING,RUNNING,SUSPENDED", "--user", "root"], check=False)
+        self._until(lambda: not run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING"), "jobs go on", patience=20)
+        for process in reversed(self._own):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(self._own):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for name in ("slurm.conf", "gres.conf"):
+            (ETC / name).unlink(missing_ok=True)
+
+    def _munge(self) -> None:
+        if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
+            return
+        run_folder, key = Path("/run/munge"), Path("/etc/munge/munge.key")
+        run_folder.mkdir(exist_ok=True)
+        user = pwd.getpwnam("munge")
+        if not key.exists():
+            key.write_bytes(os.urandom(1024))
+            os.chown(key, user.pw_uid, user.pw_gid)
+            key.chmod(0o400)
+        os.chown(run_folder, user.pw_uid, user.pw_gid)
+        run_folder.chmod(0o755)
+        self._own.append(
+            subprocess.Popen(["/usr/sbin/munged", "--foreground"], user="munge", group="munge", extra_groups=[])
+        )
+        self._until(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, "munged is silent")
+
+    def _start(self, name: str, *options: str) -> None:
+        program = shutil.which(name) or f"/usr/sbin/{name}"
+        with (self.folder / f"{name}.out").open("wb") as out:
+            self._own.append(subprocess.Popen([program, *options], stdout=out, stderr=out, start_new_session=True))
+
+    def _until(self, reached: object, otherwise: str, patience: float = 30) -> None:
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            if reached():  # type: ignore[operator]
+                return
+            time.sleep(0.1)
+        logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("slurm*.log"))
+        raise RuntimeError(f"{otherwise}\n{logs}")
+
+
+def run(*command: str) -> str:
+    """What one of SLURM's programs prints; nothing where it fails."""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    import tempfile
+
+    if reason := why_not():
+        raise SystemExit(reason)
+    with tempfile.TemporaryDirectory() as folder, Slurm(Path(folder)):
+        sys.stdout.write(run("sinfo") + "\nctrl-C ends it\n")
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()
