@@ -16,10 +16,9 @@ rule choose:
     params:
         run=RESULTS + "/{task}",
         configurations=" ".join(f"-c {name}" for name in CONFIGURATIONS),
-        threads=cores(config["threads"]),
     threads: threads_for(config["threads"])
     resources:
-        mem_mb=8000,
+        mem_mb=megabytes(8000),
         runtime=120,
     shell:
-        "{MEDSEG} choose {params.run:q} {params.configurations} --threads {params.threads} > {log} 2>&1"
+        "{MEDSEG} choose {params.run:q} {params.configurations} --threads {THREADS} > {log} 2>&1"

@@ -83,6 +83,9 @@ if unknown := set(config["splits"]) - set(TASKS):
 
 # The medseg of the Python that runs Snakemake, whatever PATH says.
 MEDSEG = f"{sys.executable} -m medseg"
+# Jobs of a cluster run elsewhere: what this machine is says nothing of them.
+if workflow.non_local_exec and config["device"] == "auto":
+    raise WorkflowError("medseg: device is auto, and jobs run on other machines. Say device=cpu or device=cuda.")
 HAS_GPU = config["device"] == "cuda" or (config["device"] == "auto" and Path("/dev/nvidia0").exists())
 
 
@@ -107,8 +110,38 @@ def threads_for(wanted):
     return max(1, min(workflow.cores, round(cores(wanted) * workflow.cores / here)))
 
 
-# What a training may take, of which the plan is told: no more than four fifths of this machine's memory.
-TRAINING_MB = min(8000, int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6))
+# In no rule's params, since a machine that differs must not make what is done look outdated.
+THREADS = cores(config["threads"])
+# What a job may take, of which the plan is told: unless given, no more than four fifths of this machine's memory.
+MOST_MB = config["memory_mb"] or min(8000, int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6))
+PLANNED_FOR = "--machine gpu" if HAS_GPU else f"--machine cpu --memory {MOST_MB}MB"
+ENGINE = {"auto": "auto", "cpu": "openvino", "cuda": "torch-cuda"}[config["device"]]
+
+
+def megabytes(wanted):
+    """Memory that a job asks for; where it was not enough, half as much again with each retry."""
+    return lambda wildcards, attempt: int(min(wanted, MOST_MB) * 1.5 ** (attempt - 1))
+
+
+def cost(wildcards):
+    """What the plan says that a training takes; none where it was edited so that nobody knows. It is there
+    once the plan is, and until then Snakemake asks again later."""
+    plan = json.loads((Path(RESULTS) / wildcards.task / "plan.json").read_text())
+    return plan["configurations"].get(wildcards.configuration, {}).get("cost")
+
+
+def training_mb(wildcards, attempt):
+    """Memory for a training: what the plan reckons, a quarter more, and room for the cases."""
+    known = cost(wildcards)
+    wanted = 1.25 * known["ram_bytes"] / 1e6 + min(2 * known["disk_bytes"] / 1e6, 4000) + 300 if known else MOST_MB
+    return megabytes(wanted)(wildcards, attempt)
+
+
+def training_minutes(wildcards, attempt):
+    """Time for a training: what the plan reckons and half as much, and a quarter of an hour; with each retry as much
+    again. A training that is ended goes on from its checkpoint."""
+    known = cost(wildcards)
+    return int(attempt * (90 * known["hours"] + 15)) if known else attempt * minutes(wildcards)
 
 
 def task_folder(wildcards):

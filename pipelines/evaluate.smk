@@ -15,7 +15,7 @@ rule evaluate:
         tolerance="" if config["tolerance_mm"] is None else f"--tolerance {config['tolerance_mm']}",
     threads: threads_for(1)
     resources:
-        mem_mb=4000,
+        mem_mb=megabytes(4000),
         runtime=60,
     shell:
         "{MEDSEG} evaluate {params.fold:q}/predictions {params.task:q} -o {params.fold:q} "

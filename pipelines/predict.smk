@@ -11,13 +11,11 @@ rule predict:
     params:
         task=task_folder,
         fold=RESULTS + "/{task}/{configuration}/fold{fold}",
-        engine={"auto": "auto", "cpu": "openvino", "cuda": "torch-cuda"}[config["device"]],
-        threads=cores(config["threads"]),
     threads: threads_for(config["threads"])
     resources:
         gpu=1 if HAS_GPU else 0,
-        mem_mb=8000,
+        mem_mb=megabytes(8000),
         runtime=120,
     shell:
         "{MEDSEG} predict {params.task:q} --held-out -m {params.fold:q}/model -o {params.fold:q}/predictions "
-        "--engine {params.engine} --memory {resources.mem_mb}MB --threads {params.threads} > {log} 2>&1"
+        "--engine {ENGINE} --memory {resources.mem_mb}MB --threads {THREADS} > {log} 2>&1"

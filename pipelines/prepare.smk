@@ -14,7 +14,7 @@ if not listed(config["tasks"]):
             seed=config["phantoms"]["seed"],
         threads: threads_for(1)
         resources:
-            mem_mb=2000,
+            mem_mb=megabytes(2000),
             runtime=10,
         shell:
             "{MEDSEG} phantom {RESULTS}/phantoms --task {params.name} --cases {params.cases} "
@@ -32,7 +32,7 @@ rule check:
         task=task_folder,
     threads: threads_for(1)
     resources:
-        mem_mb=4000,
+        mem_mb=megabytes(4000),
         runtime=60,
     shell:
         "{MEDSEG} check {params.task:q} -o {output:q} > {log} 2>&1"
@@ -57,22 +57,22 @@ rule plan:
         run=RESULTS + "/{task}",
         folds=config["of_folds"],
         seed=config["seed"],
-        machine="gpu" if HAS_GPU else "cpu",
-        memory="" if HAS_GPU else f"--memory {TRAINING_MB}MB",
         budgets=budget_options,
+        # Planned anew where these change.
+        device=config["device"],
+        memory=config["memory_mb"],
         family=config["family"],
         unlabelled=" ".join(f"--unlabelled {how}" for how in listed(config["unlabelled"])),
-        # Steps are timed on as many cores as train, and beside nothing else.
-        threads=cores(config["threads"]),
         splits=lambda wildcards, input: f"--splits {input.splits}" if input.splits else "",
+    # Steps are timed on as many cores as train, and beside nothing else.
     threads: threads_for(config["threads"])
     resources:
         gpu=1 if HAS_GPU else 0,
-        mem_mb=TRAINING_MB,
+        mem_mb=megabytes(MOST_MB),
         runtime=60,
     shell:
         "{MEDSEG} plan {params.task:q} -o {params.run:q} --folds {params.folds} --seed {params.seed} "
-        "--family {params.family} --machine {params.machine} {params.memory} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1 "
+        "--family {params.family} {PLANNED_FOR} {params.budgets} {params.unlabelled} --threads {THREADS} {params.splits} > {log} 2>&1 "
         "&& touch {output}"
 
 
@@ -87,10 +87,9 @@ rule preprocess:
         RESULTS + "/logs/{task}/preprocess-{configuration}.log",
     params:
         run=RESULTS + "/{task}",
-        threads=cores(config["threads"]),
     threads: threads_for(config["threads"])
     resources:
-        mem_mb=8000,
+        mem_mb=megabytes(8000),
         runtime=120,
     shell:
-        "{MEDSEG} preprocess {params.run:q} -c {wildcards.configuration} --threads {params.threads} > {log} 2>&1"
+        "{MEDSEG} preprocess {params.run:q} -c {wildcards.configuration} --threads {THREADS} > {log} 2>&1"

@@ -19,7 +19,7 @@ rule report:
         run=RESULTS + "/{task}",
     threads: threads_for(1)
     resources:
-        mem_mb=4000,
+        mem_mb=megabytes(4000),
         runtime=30,
     shell:
         "{MEDSEG} report {params.run:q} --pdf > {log} 2>&1"
@@ -36,7 +36,7 @@ rule report_all:
         runs=expand(RESULTS + "/{task}", task=TASKS),
     threads: threads_for(1)
     resources:
-        mem_mb=4000,
+        mem_mb=megabytes(4000),
         runtime=30,
     shell:
         "{MEDSEG} report {params.runs:q} -o {output:q} > {log} 2>&1"

@@ -15,12 +15,11 @@ rule train:
         run=RESULTS + "/{task}",
         seed=config["seed"],
         device=config["device"],
-        threads=cores(config["threads"]),
     threads: threads_for(config["threads"])
     resources:
         gpu=1 if HAS_GPU else 0,
-        mem_mb=TRAINING_MB,
-        runtime=minutes,
+        mem_mb=training_mb,
+        runtime=training_minutes,
     shell:
         "{MEDSEG} train {params.run:q} -c {wildcards.configuration} --fold {wildcards.fold} "
-        "--seed {params.seed} --device {params.device} --threads {params.threads} > {log} 2>&1"
+        "--seed {params.seed} --device {params.device} --threads {THREADS} --memory {resources.mem_mb}MB > {log} 2>&1"

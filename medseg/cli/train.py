@@ -16,6 +16,7 @@ import click
 
 from medseg.cli.common import (
     FOLDER,
+    Memory,
     RunFolder,
     device_option,
     seed_option,
@@ -26,6 +27,7 @@ from medseg.cli.common import (
 )
 from medseg.cli.folds import all_folds as every_fold
 from medseg.cli.folds import require_unseen
+from medseg.core.memory import allow_memory
 
 if TYPE_CHECKING:
     from medseg.dataset.task import Task
@@ -98,6 +100,9 @@ def _taken_up_later() -> Iterator[None]:
 @click.option("--checkpoints", type=FOLDER, help="Folder for checkpoints and logs.  [default: RUN/checkpoints]")
 @click.option("--mlflow", metavar="URI", help="Also tell an MLflow server how training goes.")
 @click.option("--from", "start", type=FOLDER, help="A model to start from, as far as its layers fit.")
+@click.option(
+    "--memory", type=Memory(), help="Keep within this, as 8GB, or say that it is not enough.  [default: what is free]"
+)
 @click.option("--deterministic", is_flag=True, help="On a GPU too the same weights every time, bit for bit; slower.")
 @seed_option
 @device_option
@@ -111,6 +116,7 @@ def train(
     checkpoints: Path | None,
     mlflow: str | None,
     start: Path | None,
+    memory: int | None,
     deterministic: bool,
     seed: int,
     device: str,
@@ -130,6 +136,8 @@ def train(
     """
     if deterministic:  # read by CUDA's library of matrices when it is loaded
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if memory is not None:
+        allow_memory(memory)
     cores = use_cores(threads)
     if all_folds:
         if fold is not None:

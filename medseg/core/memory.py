@@ -24,9 +24,20 @@ def resident_memory(*, most: bool = False) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
+# What this process may take in all, where whoever started it has said so.
+_allowed: list[int] = []
+
+
+def allow_memory(most: int) -> None:
+    """From now on this process takes itself to have so many bytes in all, as one does that is ended for more."""
+    _allowed[:] = [most]
+
+
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of any control group that it is in."""
-    return max(0, min([int(psutil.virtual_memory().available), *_left()]))
+    """Bytes that this process may still take: of the machine, of any control group that it is in, or of what it was
+    allowed."""
+    told = [most - resident_memory() for most in _allowed]
+    return max(0, min([int(psutil.virtual_memory().available), *_left(), *told]))
 
 
 def _left() -> Iterator[int]:

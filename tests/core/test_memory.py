@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from medseg.core import memory
-from medseg.core.memory import free_memory
+from medseg.core.memory import allow_memory, free_memory, resident_memory
 
 MIB = 2**20
 
@@ -54,3 +54,11 @@ def test_likewise_in_the_first_version(cgroups: Path) -> None:
 
 def test_where_there_are_no_groups_the_machine_bounds(cgroups: Path) -> None:
     assert free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_what_was_allowed_is_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg.core.memory._allowed", [])
+    allow_memory(resident_memory() + 50 * MIB)
+    assert 40 * MIB < free_memory() <= 51 * MIB
+    allow_memory(1)
+    assert free_memory() == 0
