@@ -95,19 +95,23 @@ wildcard_constraints:
     fold=r"\d+",
 
 
+# What --cores says; nothing where jobs run on other machines.
+GIVEN = workflow.resource_settings.cores
+
+
 def cores(wanted):
     """Cores that a job computes on: no more than this machine has or Snakemake was given."""
     here = len(os.sched_getaffinity(0))
-    return max(1, min(wanted, here, workflow.cores or wanted))
+    return max(1, min(wanted, here, GIVEN or wanted))
 
 
 def threads_for(wanted):
     """The share of --cores that a job takes. Where --cores promises more than the machine has, each
     real core stands for several, so that no more jobs run than it can bear."""
-    if not workflow.cores:
+    if not GIVEN:
         return wanted
-    here = min(len(os.sched_getaffinity(0)), workflow.cores)
-    return max(1, min(workflow.cores, round(cores(wanted) * workflow.cores / here)))
+    here = min(len(os.sched_getaffinity(0)), GIVEN)
+    return max(1, min(GIVEN, round(cores(wanted) * GIVEN / here)))
 
 
 # In no rule's params, since a machine that differs must not make what is done look outdated.

@@ -91,7 +91,7 @@ class Slurm:
         return self
 
     def __exit__(self, *_: object) -> None:
-        subprocess.run(["scancel", "--state=PENDING,RUNNING,SUSPENDED", "--user", "root"], check=False)
+        subprocess.run(["scancel", "--user", "root"], check=False)
         self._until(lambda: not run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING"), "jobs go on", patience=20)
         for process in reversed(self._own):
             process.send_signal(signal.SIGTERM)
