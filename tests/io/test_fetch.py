@@ -318,8 +318,10 @@ def test_a_proxy_of_the_environment_has_no_say(
 def test_certificates_are_verified(tmp_path: Path, file_server: Any) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate),
+        ],
         check=True,
         capture_output=True,
     )
@@ -421,9 +423,21 @@ def test_places(base: str, found: Any) -> None:
 
 @pytest.mark.parametrize(
     "base",
-    ["ftp://example.org/msd", "https://", "https://me:secret@example.org/", "https://example.org/?key=secret"]
-    + ["https://example.org/#x", "http://[::1", "http://h:port/", "http://a b/", "http://exämple.org/"]
-    + ["file://server/share", "file:///a%00b", "http://a\r\nb/", "s3://bucket"],
+    [
+        "ftp://example.org/msd",
+        "s3://bucket",
+        "https://",
+        "https://me:secret@example.org/",
+        "https://example.org/?key=secret",
+        "https://example.org/#x",
+        "http://[::1",
+        "http://h:port/",
+        "http://a b/",
+        "http://a\r\nb/",
+        "http://exämple.org/",
+        "file://server/share",
+        "file:///a%00b",
+    ],
 )
 def test_what_is_no_place(base: str) -> None:
     with pytest.raises(InputError) as raised:

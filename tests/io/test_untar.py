@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import resource
@@ -117,7 +118,7 @@ def test_a_tar_that_is_cut_short(tar: Any, tmp_path: Path, cut: int) -> None:
     if cut == 0:  # between two files: nothing in a tar tells
         unpack(path, tmp_path / "out", "Task00_x")
         return
-    with pytest.raises(InputError, match="no sound|cut short"):
+    with pytest.raises(InputError, match=r"no sound|cut short"):
         unpack(path, tmp_path / "out", "Task00_x")
 
 
@@ -186,10 +187,8 @@ def test_any_damage_is_answered_in_words(data: Any, packed: Any, tmp_path_factor
             whole[start : start + 8] = b"%06o\0 " % sum(whole[block * 512 : block * 512 + 512])
     (folder / "a.tar").write_bytes(whole)
     (folder / "out").mkdir()
-    try:
+    with contextlib.suppress(MedsegError):
         unpack(folder / "a.tar", folder / "out", "Task00_x")
-    except MedsegError:
-        pass
     assert sorted(p.name for p in folder.iterdir()) == ["a.tar", "out"]
     assert all(p.name == "Task00_x" for p in (folder / "out").iterdir())
     assert not any(p.is_symlink() for p in (folder / "out").rglob("*"))
