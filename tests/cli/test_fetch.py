@@ -23,7 +23,7 @@ from medseg.dataset.decathlon import Archive, Catalogue, catalogue, fetch_task
 from medseg.io.fetch import Patience
 
 NAME = "Task09_Spleen"
-QUICK = Patience(stall=0.5, waits=(0.01, 0.02))
+QUICK = Patience(stall=10, waits=(0.01, 0.02))
 BUILT_IN = "/built-in"  # where the tests' server stands for the address in the package
 
 
