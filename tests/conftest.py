@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
+import io
 import json
-from collections.abc import Callable, Sequence
+import re
+import socket
+import tarfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +232,102 @@ def dicom_series(
 def dicom_series_fixture() -> Callable[..., list[Path]]:
     """`dicom_series`, likewise."""
     return dicom_series
+
+
+class FileServer:
+    """Files over HTTP from this machine, to be asked in earnest. ``files`` maps a path to its bytes; ``then`` holds
+    what is done at the next requests (a function of the handler and the file's bytes), `serve` once it is empty;
+    ``asked`` is what came: path and headers."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.etag: str | None = '"first"'
+        self.then: list[Callable[[Any, bytes], None]] = []
+        self.asked: list[tuple[str, Mapping[str, str]]] = []
+        self.over = threading.Event()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
+                action = server.then.pop(0) if server.then else server.serve
+                with contextlib.suppress(ConnectionError):
+                    action(self, server.files.get(self.path, b""))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def serve(self, handler: Any, data: bytes, *, cut: int | None = None, stall: bool = False) -> None:
+        """As a good server does; with ``cut``, only so many bytes of what it promised, and then the end or silence."""
+        if handler.path not in self.files:
+            return handler.send_error(404)
+        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        if handler.headers.get("If-Range", self.etag) != self.etag:
+            asked = None
+        start = int(asked[1]) if asked else 0
+        if asked and start >= len(data):
+            return handler.send_error(416)
+        headers = {"Content-Length": len(data) - start}
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if self.etag:
+            headers["ETag"] = self.etag
+        return self.answer(handler, 206 if asked else 200, headers, data[start:][:cut], stall=stall)
+
+    def answer(self, handler: Any, status: int, headers: Any, data: bytes, *, stall: bool = False) -> None:
+        """Any answer."""
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, str(value))
+        handler.end_headers()
+        handler.wfile.write(data)
+        handler.wfile.flush()
+        if stall:
+            self.over.wait(30)
+
+
+@pytest.fixture
+def file_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A `FileServer`; nothing but this machine can be asked for meanwhile."""
+    real = socket.getaddrinfo
+
+    def only_here(host: Any, *rest: Any, **more: Any) -> Any:
+        assert host in ("127.0.0.1", "localhost"), "a test asked for the outside network"
+        return real(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_here)
+    server = FileServer()
+    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.over.set()
+    server.http.shutdown()
+    thread.join()
+    server.http.server_close()
+
+
+def packed(members: Mapping[str, bytes | tarfile.TarInfo]) -> bytes:
+    """A plain tar: of each name its bytes, or a member as it is; names that end in a slash are folders."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                archive.addfile(content)
+                continue
+            member = tarfile.TarInfo(name.rstrip("/"))
+            member.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            member.mode, member.uid, member.uname = 0o700, 501, "someone"
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session", name="packed")
+def packed_fixture() -> Callable[..., bytes]:
+    """`packed`, likewise."""
+    return packed

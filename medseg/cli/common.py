@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -275,6 +278,25 @@ def unlabelled_for(task: Task, held_out: Iterable[str]) -> tuple[Case, ...]:
     InputError as `unlabelled_cases` does."""
     unseen = {task.case(case).subject for case in held_out}
     return tuple(case for case in unlabelled_cases(task) if case.subject not in unseen)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """SIGTERM ends the run as an interruption does, so that what is being written is finished or
+    taken away; the exit status is that of a process that was terminated."""
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    # Where another verb has called this one, that verb's word on signals holds.
+    if threading.current_thread() is not threading.main_thread() or callable(signal.getsignal(signal.SIGTERM)):
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def table(rows: list[list[str]], right: Iterable[int] = ()) -> str:

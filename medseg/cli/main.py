@@ -14,6 +14,7 @@ from medseg.cli.choose import choose
 from medseg.cli.compare import compare
 from medseg.cli.convert import convert
 from medseg.cli.evaluate import evaluate
+from medseg.cli.fetch import fetch
 from medseg.cli.inspect import inspect
 from medseg.cli.models import models
 from medseg.cli.phantom import phantom
@@ -33,7 +34,8 @@ def cli() -> None:
 
     \b
     A scan in, a label map out:   inspect, predict, convert
-    A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, compare, choose, report
+    A dataset in, a model out:    fetch, check, plan, preprocess, train, predict, evaluate,
+                                  compare, choose, report
     A picture of a scan:          preview
     Models of nnU-Net and others: models
     Data with known truth:        phantom
@@ -46,6 +48,7 @@ VERBS = (
     inspect,
     convert,
     preview,
+    fetch,
     check,
     plan,
     preprocess,

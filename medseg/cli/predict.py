@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medseg.cli.channels import read_channels
-from medseg.cli.common import FOLDER, Memory, progress, table, threads_option, use_sleeping_threads
+from medseg.cli.common import FOLDER, Memory, progress, stopping, table, threads_option, use_sleeping_threads
 from medseg.cli.convert import TARGETS, reference_for, write_dicom
 from medseg.cli.jobs import Job, Shard, job_of_channels, jobs_held_out, jobs_of, listed
 from medseg.core.errors import InputError, MedsegError
@@ -200,7 +198,7 @@ def predict(
     index.forget()
     results: list[dict[str, Any]] = []
     failed: list[tuple[Job, MedsegError]] = []
-    with _stopping():
+    with stopping():
         for job, outcome in progress("predict")(_run(left, predictor, wanted, choice), len(left)):
             if isinstance(outcome, MedsegError):
                 failed.append((job, outcome))
@@ -553,25 +551,6 @@ def _enough_memory(job: Job) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _SHORT_OF_MEMORY.search(str(error)):
             raise
         raise MedsegError(f"{job.scan.name} needs more memory than there is") from None
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGTERM ends the run as an interruption does, so that what is being written is finished or
-    taken away; the exit status is that of a process that was terminated."""
-
-    def stop(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    # Where another verb has called this one, that verb's word on signals holds.
-    if threading.current_thread() is not threading.main_thread() or callable(signal.getsignal(signal.SIGTERM)):
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _is_done(job: Job, digest: str, wishes: Wishes) -> bool:

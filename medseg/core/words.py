@@ -14,3 +14,12 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2g} s"
+
+
+def size(number: int) -> str:
+    """Bytes in the unit that a person would choose: ``12 bytes``, ``3.4 MiB``, ``27 GiB``."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if number >= 1 << power:
+            value = number / (1 << power)
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return count(number, "byte")

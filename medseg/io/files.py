@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medseg.core.errors import InputError, MedsegError
+from medseg.core.words import size
 
 
 @contextlib.contextmanager
@@ -147,3 +149,60 @@ def new_folder(path: Path, *, holds: str) -> Path:
     except OSError as error:
         raise InputError(f"cannot make the folder {path} ({error.strerror})", "Name another folder") from None
     return path
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise MedsegError where the disk of a folder has less than so many bytes free, saying how much is missing."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MedsegError(
+            f"{what} needs {size(needed)} in {folder}, where {size(free)} are free: {size(needed - free)} are missing. "
+            "Free them, or choose another folder."
+        )
+
+
+@contextlib.contextmanager
+def work_folder(path: Path) -> Iterator[Path]:
+    """A folder to work in: of this process alone, empty, and gone when the block ends.
+
+    What a killed process left there is removed. Raises MedsegError where another process works in it or it cannot
+    be made.
+    """
+    try:
+        handle = _locked(path)
+        _empty(path)
+    except OSError as error:
+        raise MedsegError(f"cannot make the folder {path}: {error.strerror}. Choose another folder.") from error
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):  # what stays is removed by the next; nothing may hide the first error
+            _empty(path)
+            path.rmdir()
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _locked(path: Path) -> int:
+    """A handle of a folder, which is locked until that is closed."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise MedsegError(f"another process works in {path}. Wait until it has ended.") from None
+        except OSError:
+            return handle  # some file systems of clusters have no locks
+        # Whoever had it before may have removed it since it was opened.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
+            return handle
+        os.close(handle)

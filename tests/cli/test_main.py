@@ -22,6 +22,7 @@ def test_the_verbs() -> None:
         "compare",
         "convert",
         "evaluate",
+        "fetch",
         "inspect",
         "models",
         "phantom",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from medseg.core.words import count, duration
+from medseg.core.words import count, duration, size
 
 
 def test_one_and_many() -> None:
@@ -23,3 +23,11 @@ def test_one_and_many() -> None:
 )
 def test_a_duration_is_told_in_the_unit_that_suits_it(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(1, "1 byte"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 19, "1.5 MiB"), (27 << 30, "27 GiB")],
+)
+def test_sizes(number: int, text: str) -> None:
+    assert size(number) == text

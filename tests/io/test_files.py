@@ -7,11 +7,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from medseg.core.errors import InputError, MedsegError
-from medseg.io.files import atomic, new_folder, read_json, write_bytes, write_json, write_text
+from medseg.io.files import atomic, check_room, new_folder, read_json, work_folder, write_bytes, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -72,8 +73,9 @@ def test_a_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
     program = """
 import signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from medseg.core.errors import MedsegError
-from medseg.io.files import write_bytes
+from medseg.io.files import atomic, check_room, new_folder, read_json, work_folder, write_bytes, write_json, write_text
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
     write_bytes(Path(sys.argv[1]), bytes(1 << 20))
@@ -163,3 +165,35 @@ def test_a_folder_of_someone_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot make the folder"):
         new_folder(tmp_path / "a" / "b", holds="plan.json")
     assert names(tmp_path) == ["a", "b", "c", "d"]
+
+
+# ---- room and folders to work in ----------------------------------------------------------------
+
+
+def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 << 30))
+    check_room(tmp_path, 3 << 30, "it")
+    with pytest.raises(MedsegError, match=r"it needs 4\.5 GiB in .*, where 3\.0 GiB are free: 1\.5 GiB are missing"):
+        check_room(tmp_path, 9 << 29, "it")
+
+
+def test_a_folder_to_work_in_is_empty_and_goes_away(tmp_path: Path) -> None:
+    path = tmp_path / "made" / ".work"
+    (path / "left").mkdir(parents=True)
+    (path / "left" / "by a killed one").touch()
+    (path / "link").symlink_to(tmp_path)
+    with work_folder(path) as folder:
+        assert folder == path
+        assert not list(path.iterdir())
+        (path / "a").mkdir()
+        with pytest.raises(MedsegError, match="another process works in"), work_folder(path):
+            pass
+        assert names(path) == ["a"]
+    assert not path.exists()
+    assert tmp_path.exists()
+    with pytest.raises(FileNotFoundError), work_folder(path):
+        raise FileNotFoundError
+    assert not path.exists()
+    path.touch()
+    with pytest.raises(MedsegError, match="cannot make the folder"), work_folder(path):
+        pass

@@ -1,0 +1,220 @@
+"""The workflow on a real SLURM of one machine: what is cancelled, preempted, requeued, killed or out of time or memory
+ends with the weights and the scores of the run that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from one_machine import Slurm, run, why_not
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}"),
+]
+TASK, PATIENCE = "Task98_Tiny", 400
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    with Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
+
+
+class Workflow:
+    """One in a folder of its own, through the shipped profile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run = folder, folder / "results" / TASK
+        self.model = self.run / "3d" / "fold0" / "model"
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--profile", "profile"]
+        command += ["--configfile", "config.json", *options]
+        with (self.folder / "said.txt").open("a") as said:
+            return subprocess.Popen(command, cwd=self.folder, stdout=said, stderr=said, text=True)
+
+    def finish(self, *options: str) -> None:
+        assert self.start(*options).wait(PATIENCE) == 0, self.said[-6000:]
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "said.txt").read_text()
+
+    def job(self) -> str:
+        """The number of the training's job once it has left a checkpoint and runs on."""
+        return until(lambda: self._running() if self.checkpoint() else None, lambda: self.said[-3000:])
+
+    def checkpoint(self) -> bool:
+        return any((self.run / "checkpoints").rglob("checkpoint.safetensors"))
+
+    def _running(self) -> str | None:
+        lines = run("squeue", "-h", "-t", "RUNNING", "-o", "%i %Z %k").splitlines()
+        mine = [line.split()[0] for line in lines if f" {self.folder} " in line and "rule_train" in line]
+        return mine[0] if mine else None
+
+    def ended(self) -> tuple[dict[str, bytes], str]:
+        """The weights, and the scores of each case."""
+        weights = {path.name: path.read_bytes() for path in sorted(self.model.glob("*.safetensors"))}
+        assert weights
+        return weights, (self.run / "3d" / "fold0" / "metrics.csv").read_text()
+
+    def copy(self, folder: Path) -> Workflow:
+        """Another, planned and preprocessed as this one was, and not trained."""
+        subprocess.run(["cp", "-a", self.folder, folder], check=True)
+        other = Workflow(folder)
+        shutil.rmtree(other.run / "3d" / "fold0")
+        shutil.rmtree(other.run / "checkpoints")
+        for path in other.run.glob("report.*"):
+            path.unlink()
+        (folder / "said.txt").unlink()
+        return other
+
+
+def until(found: Callable[[], str | None], otherwise: Callable[[], str]) -> str:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if (value := found()) is not None:
+            return value
+        time.sleep(0.2)
+    raise AssertionError(otherwise())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Slurm, tiny_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Workflow:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny_task(folder / TASK, cases=6)
+    config = {"tasks": [TASK], "configurations": ["3d"], "of_folds": 3, "budget": "30s", "threads": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "profile").mkdir()
+    (folder / "profile" / "config.yaml").write_text(for_this_cluster((ROOT / "profiles/slurm/config.yaml").read_text()))
+    made = Workflow(folder)
+    made.finish()
+    return made
+
+
+def for_this_cluster(profile: str) -> str:
+    """As docs/cluster.md says to edit it; and less patient, since this cluster is quick."""
+    profile = re.sub(r"\nset-resources:\n(  - .*\n)+", "\n", profile.replace("CHANGE-ME", "normal"))
+    profile = profile.replace("device=cuda", "device=cpu").replace("memory_mb=32000", "memory_mb=2000")
+    return profile.replace("latency-wait: 60", "latency-wait: 5").replace("checks: 20", "checks: 2")
+
+
+# ---- what happens to a training -----------------------------------------------------------------
+
+
+def requeued(work: Workflow) -> None:
+    """By whoever runs the cluster."""
+    started = work.start()
+    assert subprocess.run(["scontrol", "requeue", work.job()]).returncode == 0
+    assert started.wait(PATIENCE) == 0, work.said[-6000:]
+
+
+def preempted(work: Workflow) -> None:
+    """By a job of a partition that goes first and wants the whole machine."""
+    started = work.start()
+    job = work.job()
+    subprocess.run(["sbatch", "-p", "urgent", "-c", "4", "-o", "/dev/null", "--wrap", "sleep 4"], check=True)
+    until(lambda: "" if f"{job} RUNNING" not in run("squeue", "-h", "-o", "%i %T") else None, lambda: "not preempted")
+    assert started.wait(PATIENCE) == 0, work.said[-6000:]
+
+
+def out_of_time(work: Workflow) -> None:
+    started = work.start()
+    job = work.job()
+    assert subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"]).returncode == 0
+    assert started.wait(PATIENCE) == 0, work.said[-6000:]
+    assert "TIMEOUT" in work.said, work.said[-6000:]
+
+
+def out_of_memory(work: Workflow) -> None:
+    """The plan reckons too little; each retry asks for half as much again."""
+    plan = work.run / "plan.json"
+    told = json.loads(plan.read_text())
+    told["configurations"]["3d"]["cost"] |= {"ram_bytes": 50_000_000, "disk_bytes": 0}
+    times = plan.stat()
+    plan.write_text(json.dumps(told))
+    os.utime(plan, ns=(times.st_atime_ns, times.st_mtime_ns))
+    work.finish()
+    asked = [int(n) for n in re.findall(r"mem_mb=(\d+), .*runtime=\d+, gpu=0|mem_mb=(\d+)", work.said) for n in n if n]
+    assert 362 in asked, asked
+    assert 543 in asked, asked
+
+
+def cancelled(work: Workflow) -> None:
+    """Its job, by somebody else; squeue tells."""
+    started = work.start()
+    subprocess.run(["scancel", work.job()], check=True)
+    assert started.wait(PATIENCE) == 0, work.said[-6000:]
+
+
+def interrupted(work: Workflow) -> None:
+    """Snakemake, by ctrl-C: it cancels its jobs, and goes on when it is started again."""
+    started = work.start()
+    job = work.job()
+    started.send_signal(signal.SIGINT)
+    assert started.wait(PATIENCE) != 0
+    until(lambda: "" if f"{job} RUNNING" not in run("squeue", "-h", "-o", "%i %T") else None, lambda: "job goes on")
+    work.finish()
+
+
+def killed(work: Workflow) -> None:
+    """Snakemake, by SIGKILL: its job runs on, and the one of the next start waits for it."""
+    started = work.start()
+    first = work.job()
+    started.kill()
+    started.wait()
+    assert f"{first} RUNNING" in run("squeue", "-h", "-o", "%i %T")
+    work.finish("--unlock")
+    work.finish()
+
+
+FAULTS = (requeued, preempted, out_of_time, out_of_memory, cancelled, interrupted, killed)
+
+
+@pytest.fixture(scope="module")
+def faults(undisturbed: Workflow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What became of each, all at once: the ended workflow, or what went wrong."""
+    folder = tmp_path_factory.mktemp("faults")
+
+    def suffer(fault: Callable[[Workflow], None]) -> object:
+        work = undisturbed.copy(folder / fault.__name__)
+        try:
+            fault(work)
+        except Exception as error:  # noqa: BLE001 - told by the test of this fault
+            return error
+        return work
+
+    with ThreadPoolExecutor(len(FAULTS)) as pool:
+        return dict(zip((fault.__name__ for fault in FAULTS), pool.map(suffer, FAULTS), strict=True))
+
+
+@pytest.mark.parametrize("fault", [fault.__name__ for fault in FAULTS])
+def test_what_is_disturbed_ends_as_what_is_not(faults: dict[str, object], undisturbed: Workflow, fault: str) -> None:
+    found = faults[fault]
+    if isinstance(found, Exception):
+        raise found
+    assert isinstance(found, Workflow)
+    assert found.ended() == undisturbed.ended()
+    assert not list(found.run.rglob("*.part"))
+
+
+def test_a_second_call_has_nothing_to_do(faults: dict[str, object]) -> None:
+    found = faults["killed"]
+    assert isinstance(found, Workflow)
+    found.finish("--dry-run")
+    assert "Nothing to be done" in found.said
