@@ -96,13 +96,13 @@ def alone(lock: Path, work: str, waiting: Callable[[str], object] | None = None)
     except OSError as error:
         raise MedsegError(f"cannot write {lock.parent}: {error.strerror or error}. Choose another folder.") from error
     with file:
-        if not _locked(file.fileno()):
+        if not _took(file.fileno()):
             file.seek(0)
             other = f"{work} is done there already ({file.read(200).strip() or 'by an unknown process'})"
             if waiting is None:
                 raise MedsegError(f"{other}: {lock.parent}. Wait until it has ended, or stop it.")
             waiting(f"{other}: {lock.parent}; waiting for its end")
-            while not _locked(file.fileno()):
+            while not _took(file.fileno()):
                 time.sleep(_LOOK)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -114,7 +114,7 @@ def alone(lock: Path, work: str, waiting: Callable[[str], object] | None = None)
                 file.truncate(0)
 
 
-def _locked(file: int) -> bool:
+def _took(file: int) -> bool:
     """Whether the lock was had, or there are none to be had here."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
