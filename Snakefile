@@ -23,5 +23,9 @@ rule all:
     localrule: True
 
 
+onstart:
+    preflight()
+
+
 onsuccess:
     print_reports()

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -183,6 +184,37 @@ def models():
     """The models of all folds, where all are trained and one is wanted."""
     whole = config["choose"] == "auto" and set(FOLDS) == set(range(config["of_folds"]))
     return [f"{RESULTS}/{task}/model/package.json" for task in TASKS] if whole else []
+
+
+def asked_of(job):
+    """What a job asks for, as `medseg preflight` takes it; nothing of what is not known yet."""
+    numbers = {name: job.resources.get(name) for name in ("mem_mb", "runtime", "gpu")}
+    known = {name: value if isinstance(value, int) else None for name, value in numbers.items()}
+    return {
+        "rule": job.rule.name,
+        "partition": str(job.resources.get("slurm_partition") or ""),
+        "account": str(job.resources.get("slurm_account") or ""),
+        "cores": job.threads if isinstance(job.threads, int) else 1,
+        "gpus": known["gpu"] or 0,
+        "memory_mb": known["mem_mb"],
+        "minutes": known["runtime"],
+    }
+
+
+def preflight():
+    """Stop before anything starts, where something will keep it from ending."""
+    jobs = {json.dumps(asked_of(job)) for job in workflow.dag.needrun_jobs() if not job.is_group()}
+    made = Path(RESULTS).resolve()
+    wanted = {
+        "results": RESULTS,
+        "tasks": [str(folder) for folder in TASKS.values() if made not in folder.resolve().parents],
+        "slurm": workflow.non_local_exec and "slurm" in str(workflow.executor_plugin.name),
+        "ask_nodes": config["ask_nodes"],
+        "jobs": [json.loads(job) for job in sorted(jobs)],
+    }
+    asked = subprocess.run([sys.executable, "-m", "medseg", "preflight"], input=json.dumps(wanted), text=True)
+    if asked.returncode:
+        raise WorkflowError("medseg: nothing was started.")
 
 
 def reports():

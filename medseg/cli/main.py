@@ -20,6 +20,7 @@ from medseg.cli.models import models
 from medseg.cli.phantom import phantom
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
+from medseg.cli.preflight import preflight
 from medseg.cli.preprocess import preprocess
 from medseg.cli.preview import preview
 from medseg.cli.report import report
@@ -60,6 +61,7 @@ VERBS = (
     report,
     models,
     phantom,
+    preflight,
 )
 for command in VERBS:
     cli.add_command(command)

@@ -1,0 +1,112 @@
+"""``medseg preflight``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medseg.core.errors import InputError, MedsegError
+
+if TYPE_CHECKING:
+    from medseg.io.cluster import Job
+
+# A run that has not this much room fails soon, and is tried for by writing, which a quota ends where a disk's free
+# space does not tell of it.
+_LEAST_ROOM = 256 * 2**20
+
+
+class Wanted(BaseModel):
+    """What a workflow is about to do: ``jobs`` as `medseg.io.cluster.Job` has them, ``slurm`` whether SLURM runs them,
+    ``tasks`` and ``results`` its folders, ``ask_nodes`` how many nodes of each partition to ask."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    results: Path
+    tasks: list[Path] = []
+    slurm: bool = False
+    ask_nodes: int = Field(default=0, ge=0)
+    jobs: list[dict[str, str | int | None]] = []
+
+
+@click.command()
+@click.argument("wanted", type=click.File("r"), default="-")
+@click.option(
+    "--room", type=click.IntRange(min=0), default=_LEAST_ROOM, help="Bytes that must be writable.", hidden=True
+)
+def preflight(wanted: TextIO, room: int) -> None:
+    """Say what will keep a workflow from ending, before it begins. The workflow calls it.
+
+    WANTED is JSON: the folders and the jobs. Asked are: results and scratch can be written and have room, quota
+    included; tasks can be read; and of a SLURM cluster, that its partitions are there and have a node that each
+    job fits, and that nodes see the folders.
+    """
+    from medseg.io.cluster import Job
+
+    try:
+        asked = Wanted.model_validate_json(wanted.read())
+        jobs = [Job.model_validate(job) for job in asked.jobs]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"it is no list of jobs ({first['loc']}: {first['msg']})", "Let the workflow call it"
+        ) from None
+    found = [*_folders(asked, room), *(_cluster(asked, jobs) if asked.slurm else ())]
+    for text in found[:20]:
+        click.echo(f"medseg: {text}", err=True)
+    if len(found) > 20:
+        click.echo(f"medseg: and {len(found) - 20} more", err=True)
+    sys.exit(2 if found else 0)
+
+
+def _folders(asked: Wanted, room: int) -> Iterator[str]:
+    import tempfile
+
+    for task in asked.tasks:
+        if not (task / "dataset.json").is_file():
+            yield f"{task} has no dataset.json that can be read; put the task there"
+    yield from _room(asked.results, room, "results cannot be written to")
+    try:
+        scratch = Path(tempfile.gettempdir())
+    except OSError:
+        yield "no folder for temporary files can be written; set TMPDIR to one"
+        return
+    yield from _room(scratch, min(room, 16 * 2**20), "temporary files cannot be written to")
+
+
+def _room(folder: Path, room: int, what: str) -> Iterator[str]:
+    """What keeps a file of so many bytes from being written there."""
+    import os
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if room:
+                os.posix_fallocate(file.fileno(), 0, room)
+    except OSError as error:
+        yield f"{what} {folder}: {error.strerror}; free space or quota, or choose another folder"
+
+
+def _cluster(asked: Wanted, jobs: list[Job]) -> Iterator[str]:
+    from medseg.io.cluster import ask_nodes, faults, partitions
+
+    try:
+        known = partitions()
+    except MedsegError as error:
+        yield str(error)
+        return
+    found = list(faults(jobs, known))
+    yield from found
+    if found or not asked.ask_nodes:
+        return
+    folders = [asked.results.resolve(), *(task.resolve() for task in asked.tasks), Path(sys.prefix).resolve()]
+    missing, answered, busy = ask_nodes(jobs, known, folders, asked.ask_nodes)
+    yield from (
+        f"{text}; mount it there, or keep jobs off that node (slurm_extra='--exclude=NODE')" for text in missing
+    )
+    click.echo(f"{answered} nodes see the folders" + (f"; {busy} were too busy to be asked" if busy else ""), err=True)

@@ -1,0 +1,209 @@
+"""What a SLURM cluster has, as its own programs tell, and whether jobs fit it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from medseg.core.errors import MedsegError
+
+_PATIENCE = 30  # seconds for one of SLURM's programs
+_AT_ONCE = 16
+
+
+class Job(BaseModel):
+    """What a job of the workflow asks for. ``partition`` is empty where none is named; ``memory_mb`` and ``minutes``
+    None where that follows from what earlier jobs make."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rule: str
+    partition: str = ""
+    account: str = ""
+    cores: int = 1
+    gpus: int = 0
+    memory_mb: int | None = None
+    minutes: int | None = None
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """Nodes of one partition that are alike; ``up`` those that take jobs."""
+
+    cores: int
+    memory_mb: int
+    gpus: int
+    up: tuple[str, ...]
+
+
+@dataclass
+class Partition:
+    """``minutes``: the longest that a job may take; None where there is no limit."""
+
+    name: str
+    minutes: int | None
+    default: bool
+    kinds: list[NodeKind] = field(default_factory=list)
+
+
+def partitions() -> dict[str, Partition]:
+    """By name. Raises MedsegError where SLURM does not answer."""
+    return read_partitions(_told("sinfo", "--noheader", "--Node", "--format", "%P|%l|%c|%m|%G|%T|%N"))
+
+
+def read_partitions(told: str) -> dict[str, Partition]:
+    """What ``sinfo`` printed: a line for each node and partition, of partition (its default one with a star), time
+    limit, cores, megabytes, generic resources, state and name."""
+    found: dict[str, Partition] = {}
+    for line in told.splitlines():
+        name, limit, cores, memory, gres, state, node = (part.strip() for part in line.split("|"))
+        partition = found.setdefault(name.rstrip("*"), Partition(name.rstrip("*"), _minutes(limit), name.endswith("*")))
+        up = () if re.match(r"(down|drain|fail|unk|inval|maint|power_?down)", state, re.IGNORECASE) else (node,)
+        partition.kinds.append(NodeKind(_number(cores), _number(memory), _gpus(gres), up))
+    return found
+
+
+def _number(text: str) -> int:
+    """Of a column that may say 16+ for 16 or more."""
+    return int(re.sub(r"\D", "", text) or 0)
+
+
+def _gpus(gres: str) -> int:
+    """How many "gpu:a100:4(S:0-1),lustre:1" has."""
+    counted = re.findall(r"(?:^|,)gpu(?::[^:,()]+)*?(?::(\d+))?(?=[,(]|$)", gres)
+    return sum(int(number or 1) for number in counted)
+
+
+def _minutes(limit: str) -> int | None:
+    """Of days-hours:minutes:seconds, as SLURM shortens it; None without a limit."""
+    if not re.fullmatch(r"(\d+-)?[\d:]+", limit):
+        return None
+    days, _, rest = limit.rpartition("-")
+    parts = [int(n) for n in rest.split(":")]
+    while len(parts) < 3:
+        parts.insert(0, 0)
+    return int(days or 0) * 1440 + parts[0] * 60 + parts[1] + (1 if parts[2] else 0)
+
+
+def faults(jobs: Sequence[Job], known: dict[str, Partition]) -> Iterator[str]:
+    """What keeps jobs from ever running, one line each, and how to mend it."""
+    names = ", ".join(sorted(known)) or "none"
+    told = set()
+    for job in jobs:
+        for text in _of_job(job, known, names):
+            if text not in told:
+                told.add(text)
+                yield text
+
+
+def _of_job(job: Job, known: dict[str, Partition], names: str) -> Iterator[str]:
+    if job.account.startswith("CHANGE"):
+        yield "the profile names no account (slurm_account): write yours into it, or leave the line out"
+    default = next((one for one in known.values() if one.default), None)
+    partition = known.get(job.partition) if job.partition else default
+    if partition is None:
+        said = "names no partition" if job.partition.startswith("CHANGE") or not job.partition else "names another one"
+        yield (
+            f"{job.rule}: the cluster has no partition {job.partition!r} (the profile {said}); "
+            f"write one of these into the profile: {names}"
+        )
+        return
+    if job.minutes and partition.minutes is not None and job.minutes > partition.minutes:
+        yield (
+            f"{job.rule} asks for {job.minutes} minutes, and {partition.name} lets a job run {partition.minutes}; "
+            "plan with a smaller budget, or name another partition"
+        )
+    up = [kind for kind in partition.kinds if kind.up]
+    if not up:
+        yield f"{job.rule}: no node of {partition.name} takes jobs now; wait, or name another partition"
+        return
+    fitting = [
+        kind
+        for kind in up
+        if kind.cores >= job.cores and kind.gpus >= job.gpus and kind.memory_mb >= (job.memory_mb or 0)
+    ]
+    if not fitting:
+        largest = max(up, key=lambda kind: (kind.gpus >= job.gpus, kind.memory_mb, kind.cores))
+        yield (
+            f"{job.rule} asks for {job.cores} cores, {job.memory_mb or 0} MB and {job.gpus} GPUs, and no node of "
+            f"{partition.name} has them (the largest: {largest.cores}, {largest.memory_mb} MB, {largest.gpus}); "
+            "lower threads or memory_mb, or name another partition"
+        )
+
+
+def ask_nodes(
+    jobs: Sequence[Job], known: dict[str, Partition], folders: Sequence[Path], most: int
+) -> tuple[list[str], int, int]:
+    """What nodes do not see: faults, how many nodes answered, and how many were too busy. At most so many of each
+    partition are asked, each by a job of its own that looks whether the ``folders`` can be read; the first of them, and
+    the node's own temporary folder, whether they can be written."""
+    names = sorted({job.partition or next((n for n, p in known.items() if p.default), "") for job in jobs} & set(known))
+    wanted = [(name, node) for name in names for node in _nodes(known[name])[:most]]
+    accounts = {job.partition: job.account for job in jobs if job.account}
+
+    def ask(one: tuple[str, str]) -> list[str] | None:
+        name, node = one
+        return _ask(node, name, accounts.get(name, ""), folders)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        answers = dict(zip(wanted, pool.map(ask, wanted), strict=True))
+    found = [f"node {node}: {what}" for (_, node), answer in answers.items() if answer for what in answer]
+    silent = sum(answer is None for answer in answers.values())
+    return found, len(answers) - silent, silent
+
+
+def _nodes(partition: Partition) -> list[str]:
+    return list(dict.fromkeys(node for kind in partition.kinds for node in kind.up))
+
+
+_LOOK = """
+for folder in "$@"; do [ -r "$folder" ] && [ -x "$folder" ] || echo "cannot read $folder"; done
+touch "$1/.medseg-$$" 2>/dev/null && rm "$1/.medseg-$$" || echo "cannot write $1"
+touch "${TMPDIR:-/tmp}/.medseg-$$" 2>/dev/null && rm "${TMPDIR:-/tmp}/.medseg-$$" || echo "cannot write ${TMPDIR:-/tmp}"
+echo looked
+"""
+
+
+def _ask(node: str, partition: str, account: str, folders: Sequence[Path]) -> list[str] | None:
+    """What a node does not see; None where it had no time."""
+    command = ["srun", "--immediate=20", "-N1", "-n1", "-w", node, "-p", partition, "-t", "1", "--mem", "50"]
+    command += ["-A", account] if account else []
+    # From /, since srun goes to the folder that it is called in, which may be the one that is not there.
+    command += ["--chdir", "/", "sh", "-c", _LOOK, "sh", *map(str, folders)]
+    try:
+        ran = subprocess.run(  # noqa: S603
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = ran.stdout.splitlines()
+    return lines[:-1] if lines[-1:] == ["looked"] else None
+
+
+def _told(*command: str) -> str:
+    try:
+        ran = subprocess.run(  # noqa: S603
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise MedsegError(f"there is no {command[0]} here. Run this where jobs are submitted.") from None
+    except subprocess.TimeoutExpired:
+        raise MedsegError(f"SLURM does not answer ({command[0]}). Try again later.") from None
+    if ran.returncode:
+        why = ran.stderr.strip().splitlines()
+        raise MedsegError(f"SLURM does not answer ({command[0]}: {why[-1] if why else ran.returncode}). Try later.")
+    return ran.stdout
