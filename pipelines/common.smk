@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,9 @@ if unknown := set(config["splits"]) - set(TASKS):
 
 # The medseg of the Python that runs Snakemake, whatever PATH says.
 MEDSEG = f"{sys.executable} -m medseg"
+# Environment modules that each job loads first; a name that the cluster does not have ends it, with its reason.
+if listed(config["modules"]):
+    shell.prefix(f"module load {' '.join(map(shlex.quote, listed(config['modules'])))} && ")
 # Jobs of a cluster run elsewhere: what this machine is says nothing of them.
 if workflow.non_local_exec and config["device"] == "auto":
     raise WorkflowError("medseg: device is auto, and jobs run on other machines. Say device=cpu or device=cuda.")
@@ -128,24 +132,24 @@ def megabytes(wanted):
     return lambda wildcards, attempt: int(min(wanted, MOST_MB) * 1.5 ** (attempt - 1))
 
 
-def cost(wildcards):
-    """What the plan says that a training takes; none where it was edited so that nobody knows. It is there
-    once the plan is, and until then Snakemake asks again later."""
-    plan = json.loads((Path(RESULTS) / wildcards.task / "plan.json").read_text())
+def cost(wildcards, input):
+    """What the plan says that a training takes; none where it was edited so that nobody knows. Until the plan is
+    there Snakemake takes it that this is to be known later."""
+    plan = json.loads(Path(input.plan).read_text())
     return plan["configurations"].get(wildcards.configuration, {}).get("cost")
 
 
-def training_mb(wildcards, attempt):
+def training_mb(wildcards, input, attempt):
     """Memory for a training: what the plan reckons, a quarter more, and room for the cases."""
-    known = cost(wildcards)
+    known = cost(wildcards, input)
     wanted = 1.25 * known["ram_bytes"] / 1e6 + min(2 * known["disk_bytes"] / 1e6, 4000) + 300 if known else MOST_MB
     return megabytes(wanted)(wildcards, attempt)
 
 
-def training_minutes(wildcards, attempt):
+def training_minutes(wildcards, input, attempt):
     """Time for a training: what the plan reckons and half as much, and a quarter of an hour; with each retry as much
     again. A training that is ended goes on from its checkpoint."""
-    known = cost(wildcards)
+    known = cost(wildcards, input)
     return int(attempt * (90 * known["hours"] + 15)) if known else attempt * minutes(wildcards)
 
 

@@ -5,6 +5,8 @@ rule train:
     input:
         RESULTS + "/{task}/{configuration}/preprocessed/store.json",
         RESULTS + "/{task}/folds.json",
+        # Read for what it asks for, before it is there too.
+        plan=RESULTS + "/{task}/plan.json",
     output:
         # Checkpoints are none of these: Snakemake removes a rule's outputs before it runs it again.
         RESULTS + "/{task}/{configuration}/fold{fold}/model/package.json",

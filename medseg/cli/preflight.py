@@ -104,8 +104,9 @@ def _cluster(asked: Wanted, jobs: list[Job]) -> Iterator[str]:
     yield from found
     if found or not asked.ask_nodes:
         return
-    folders = [asked.results.resolve(), *(task.resolve() for task in asked.tasks), Path(sys.prefix).resolve()]
-    missing, answered, busy = ask_nodes(jobs, known, folders, asked.ask_nodes)
+    tasks = [task.resolve() / "dataset.json" for task in asked.tasks]
+    paths = [asked.results.resolve(), *tasks, Path(sys.executable)]
+    missing, answered, busy = ask_nodes(jobs, known, paths, asked.ask_nodes)
     yield from (
         f"{text}; mount it there, or keep jobs off that node (slurm_extra='--exclude=NODE')" for text in missing
     )

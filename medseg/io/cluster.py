@@ -138,18 +138,18 @@ def _of_job(job: Job, known: dict[str, Partition], names: str) -> Iterator[str]:
 
 
 def ask_nodes(
-    jobs: Sequence[Job], known: dict[str, Partition], folders: Sequence[Path], most: int
+    jobs: Sequence[Job], known: dict[str, Partition], paths: Sequence[Path], most: int
 ) -> tuple[list[str], int, int]:
     """What nodes do not see: faults, how many nodes answered, and how many were too busy. At most so many of each
-    partition are asked, each by a job of its own that looks whether the ``folders`` can be read; the first of them, and
-    the node's own temporary folder, whether they can be written."""
+    partition are asked, each by a job of its own that looks whether the ``paths`` can be read; the first of them, a
+    folder, and the node's own temporary folder, whether they can be written."""
     names = sorted({job.partition or next((n for n, p in known.items() if p.default), "") for job in jobs} & set(known))
     wanted = [(name, node) for name in names for node in _nodes(known[name])[:most]]
     accounts = {job.partition: job.account for job in jobs if job.account}
 
     def ask(one: tuple[str, str]) -> list[str] | None:
         name, node = one
-        return _ask(node, name, accounts.get(name, ""), folders)
+        return _ask(node, name, accounts.get(name, ""), paths)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         answers = dict(zip(wanted, pool.map(ask, wanted), strict=True))
@@ -163,19 +163,19 @@ def _nodes(partition: Partition) -> list[str]:
 
 
 _LOOK = """
-for folder in "$@"; do [ -r "$folder" ] && [ -x "$folder" ] || echo "cannot read $folder"; done
+for path in "$@"; do [ -r "$path" ] || echo "cannot read $path"; done
 touch "$1/.medseg-$$" 2>/dev/null && rm "$1/.medseg-$$" || echo "cannot write $1"
 touch "${TMPDIR:-/tmp}/.medseg-$$" 2>/dev/null && rm "${TMPDIR:-/tmp}/.medseg-$$" || echo "cannot write ${TMPDIR:-/tmp}"
 echo looked
 """
 
 
-def _ask(node: str, partition: str, account: str, folders: Sequence[Path]) -> list[str] | None:
+def _ask(node: str, partition: str, account: str, paths: Sequence[Path]) -> list[str] | None:
     """What a node does not see; None where it had no time."""
     command = ["srun", "--immediate=20", "-N1", "-n1", "-w", node, "-p", partition, "-t", "1", "--mem", "50"]
     command += ["-A", account] if account else []
     # From /, since srun goes to the folder that it is called in, which may be the one that is not there.
-    command += ["--chdir", "/", "sh", "-c", _LOOK, "sh", *map(str, folders)]
+    command += ["--chdir", "/", "sh", "-c", _LOOK, "sh", *map(str, paths)]
     try:
         ran = subprocess.run(  # noqa: S603
             command,

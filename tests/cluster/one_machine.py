@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ETC = Path("/etc/slurm")
@@ -89,6 +90,22 @@ class Slurm:
         self._start("slurmd", "-D")
         self._until(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), "the node is not idle")
         return self
+
+    @contextlib.contextmanager
+    def without(self, folder: Path) -> Iterator[None]:
+        """The node does not see what is in a folder, as where it was not mounted."""
+        self._restart_node("unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {folder}; exec slurmd -D")
+        try:
+            yield
+        finally:
+            self._restart_node("slurmd", "-D")
+
+    def _restart_node(self, *command: str) -> None:
+        node = self._own.pop()
+        node.send_signal(signal.SIGTERM)
+        node.wait(20)
+        self._start(*command)
+        self._until(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), "the node is not idle")
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--user", "root"], check=False)

@@ -98,7 +98,7 @@ def until(found: Callable[[], str | None], otherwise: Callable[[], str]) -> str:
 def undisturbed(cluster: Slurm, tiny_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Workflow:
     folder = tmp_path_factory.mktemp("undisturbed")
     tiny_task(folder / TASK, cases=6)
-    config = {"tasks": [TASK], "configurations": ["3d"], "of_folds": 3, "budget": "30s", "threads": 1}
+    config = {"tasks": [TASK], "configurations": ["3d"], "of_folds": 3, "budget": "20s", "threads": 1}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "profile").mkdir()
     (folder / "profile" / "config.yaml").write_text(for_this_cluster((ROOT / "profiles/slurm/config.yaml").read_text()))
@@ -112,6 +112,42 @@ def for_this_cluster(profile: str) -> str:
     profile = re.sub(r"\nset-resources:\n(  - .*\n)+", "\n", profile.replace("CHANGE-ME", "normal"))
     profile = profile.replace("device=cuda", "device=cpu").replace("memory_mb=32000", "memory_mb=2000")
     return profile.replace("latency-wait: 60", "latency-wait: 5").replace("checks: 20", "checks: 2")
+
+
+# ---- what is told before anything starts --------------------------------------------------------
+
+
+def refused(work: Workflow, *options: str) -> str:
+    """What a workflow says that starts nothing."""
+    before = run("squeue", "-h", "-t", "all", "-o", "%i")
+    assert work.start(*options).wait(PATIENCE) != 0
+    assert run("squeue", "-h", "-t", "all", "-o", "%i") == before
+    assert "nothing was started" in work.said
+    return work.said
+
+
+def test_a_profile_as_it_is_shipped_names_no_partition(undisturbed: Workflow, tmp_path: Path) -> None:
+    work = undisturbed.copy(tmp_path / "work")
+    shutil.copy(ROOT / "profiles/slurm/config.yaml", work.folder / "profile" / "config.yaml")
+    assert "names no partition); write one of these into the profile: normal, urgent" in refused(work)
+
+
+def test_a_plan_that_fits_no_node(undisturbed: Workflow, tmp_path: Path) -> None:
+    work = undisturbed.copy(tmp_path / "work")
+    plan = work.run / "plan.json"
+    told = json.loads(plan.read_text())
+    told["configurations"]["3d"]["cost"] |= {"ram_bytes": 50_000_000_000}
+    plan.write_text(json.dumps(told))
+    said = refused(work, "--config", "memory_mb=500000")
+    assert re.search(r"train asks for 1 cores, 6\d{4} MB and 0 GPUs, and no node of normal has them", said), said[
+        -3000:
+    ]
+
+
+def test_a_task_that_a_node_does_not_see(cluster: Slurm, undisturbed: Workflow, tmp_path: Path) -> None:
+    work = undisturbed.copy(tmp_path / "work")
+    with cluster.without(work.folder / TASK):
+        assert f"cannot read {work.folder / TASK / 'dataset.json'}" in refused(work)
 
 
 # ---- what happens to a training -----------------------------------------------------------------

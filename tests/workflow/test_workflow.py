@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -224,3 +225,25 @@ def test_no_model_of_all_folds_where_none_is_wanted(tmp_path):
     said = snakemake("--dry-run", "--config", "folds=[0,1,2,3,4]", "choose=never", folder=tmp_path)
     assert "rule train" in said
     assert "rule choose" not in said
+
+
+def test_environment_modules_are_loaded_by_each_job(tmp_path):
+    init = Path("/usr/share/modules/init/bash")
+    if not init.exists():
+        pytest.skip("there are no environment modules")
+    (tmp_path / "modules" / "here").mkdir(parents=True)
+    (tmp_path / "modules" / "here" / "1").write_text(f"#%Module\nsystem touch {tmp_path}/loaded\n")
+    command = f"source {init}; export MODULEPATH={tmp_path}/modules; " + shlex.join(
+        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "1"]
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"phantoms": {"cases": 5}}))
+    target = ["results/phantoms/Phantom_Prostate/dataset.json", "--configfile", "config.json", "--config"]
+    for name, status in (("here/1", 0), ("elsewhere/1", 1)):
+        asked = [*target, f"modules=[{name}]"]
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {shlex.join(asked)}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr[-3000:]
+        if not status:
+            assert (tmp_path / "loaded").exists()
+            shutil.rmtree(tmp_path / "results")
