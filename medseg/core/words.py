@@ -1,6 +1,8 @@
-"""Numbers as words."""
+"""Numbers as words; others' words, for the eyes of all."""
 
 from __future__ import annotations
+
+import re
 
 
 def count(number: int, noun: str) -> str:
@@ -14,3 +16,8 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2g} s"
+
+
+def discreet(text: str) -> str:
+    """Text on one line, and of each path in it only the last part: paths hold names of users, and of more."""
+    return re.sub(r"(?<![\w:/.])~?/(?:[^\s/'\":,;()]+/)+", "", " ".join(text.split()))
