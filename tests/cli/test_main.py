@@ -21,6 +21,7 @@ def test_the_verbs() -> None:
         "choose",
         "compare",
         "convert",
+        "doctor",
         "evaluate",
         "inspect",
         "models",
@@ -30,6 +31,7 @@ def test_the_verbs() -> None:
         "preprocess",
         "preview",
         "report",
+        "run",
         "train",
     ]
 
