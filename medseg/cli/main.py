@@ -13,6 +13,7 @@ from medseg.cli.check import check
 from medseg.cli.choose import choose
 from medseg.cli.compare import compare
 from medseg.cli.convert import convert
+from medseg.cli.doctor import doctor
 from medseg.cli.evaluate import evaluate
 from medseg.cli.fetch import fetch
 from medseg.cli.inspect import inspect
@@ -24,6 +25,7 @@ from medseg.cli.preflight import preflight
 from medseg.cli.preprocess import preprocess
 from medseg.cli.preview import preview
 from medseg.cli.report import report
+from medseg.cli.run import run
 from medseg.cli.train import train
 from medseg.core.errors import MedsegError
 
@@ -35,11 +37,13 @@ def cli() -> None:
 
     \b
     A scan in, a label map out:   inspect, predict, convert
+    All of a dataset in one go:   run
     A dataset in, a model out:    fetch, check, plan, preprocess, train, predict, evaluate,
                                   compare, choose, report
     A picture of a scan:          preview
     Models of nnU-Net and others: models
     Data with known truth:        phantom
+    Is this machine fit for it:   doctor
 
     Exit status: 0 done, 1 the work failed, 2 the input is wrong.
     """
@@ -59,8 +63,10 @@ VERBS = (
     compare,
     choose,
     report,
+    run,
     models,
     phantom,
+    doctor,
     preflight,
 )
 for command in VERBS:

@@ -40,9 +40,18 @@ def free_memory() -> int:
     return max(0, min([int(psutil.virtual_memory().available), *_left(), *told]))
 
 
+def memory_limit() -> int:
+    """Bytes that this process could take of an idle machine: all that it has, or what a control group allows."""
+    limits = []
+    for version, folder in control_groups("memory"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int((folder / _FILES[version][0]).read_text()))
+    return min([int(psutil.virtual_memory().total), *limits])
+
+
 def _left() -> Iterator[int]:
     """What each limited control group leaves, from this process's own up to the root."""
-    for version, folder in _groups():
+    for version, folder in control_groups("memory"):
         most, taken, files = _FILES[version]
         # A group without a limit, or that is not seen from within a container, limits nothing.
         with contextlib.suppress(OSError, ValueError):
@@ -50,7 +59,8 @@ def _left() -> Iterator[int]:
             yield limit - max(0, used - _counted(folder / "memory.stat", files))
 
 
-def _groups() -> Iterator[tuple[int, Path]]:
+def control_groups(controller: str) -> Iterator[tuple[int, Path]]:
+    """Version and folder of each control group that limits this process, from its own up to the root."""
     try:
         lines = [line.split(":", 2) for line in _OWN.read_text().splitlines()]
     except OSError:
@@ -58,8 +68,8 @@ def _groups() -> Iterator[tuple[int, Path]]:
     for number, controllers, path in (line for line in lines if len(line) == 3):
         if number == "0":
             version, root = 2, _CGROUPS
-        elif "memory" in controllers.split(","):
-            version, root = 1, _CGROUPS / "memory"
+        elif controller in controllers.split(","):
+            version, root = 1, _CGROUPS / controller
         else:
             continue
         own = Path(path)

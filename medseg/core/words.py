@@ -1,6 +1,8 @@
-"""Numbers as words."""
+"""Numbers as words; others' words, for the eyes of all."""
 
 from __future__ import annotations
+
+import re
 
 
 def count(number: int, noun: str) -> str:
@@ -23,3 +25,8 @@ def size(number: int) -> str:
             value = number / (1 << power)
             return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
     return count(number, "byte")
+
+
+def discreet(text: str) -> str:
+    """Text on one line, and of each path in it only the last part: paths hold names of users, and of more."""
+    return re.sub(r"(?<![\w:/.])~?/(?:[^\s/'\":,;()]+/)+", "", " ".join(text.split()))

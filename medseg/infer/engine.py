@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.core.alone import import_alone
 from medseg.core.errors import InputError, MedsegError
+from medseg.core.gpu import GPU_MARKS as _GPU_MARKS
 from medseg.models.build import build, split_head
 from medseg.models.onnx_file import read
 from medseg.models.package import ModelPackage, StoredWeights
@@ -41,8 +42,6 @@ Array = Any
 ENGINES = ("auto", "torch-cuda", "torch-cpu", "openvino")
 # An engine with a label whose Dice with torch in float32 was below this is not chosen by itself.
 LEAST_DICE = 0.999
-# Where drivers of GPUs that torch knows leave their mark; looking costs nothing, importing torch seconds.
-_GPU_MARKS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 

@@ -21,6 +21,7 @@ def test_the_verbs() -> None:
         "choose",
         "compare",
         "convert",
+        "doctor",
         "evaluate",
         "fetch",
         "inspect",
@@ -31,6 +32,7 @@ def test_the_verbs() -> None:
         "preprocess",
         "preview",
         "report",
+        "run",
         "train",
     ]
 
