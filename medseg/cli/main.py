@@ -21,8 +21,10 @@ from medseg.cli.plan import plan
 from medseg.cli.predict import predict
 from medseg.cli.preprocess import preprocess
 from medseg.cli.preview import preview
+from medseg.cli.record import record
 from medseg.cli.report import report
 from medseg.cli.train import train
+from medseg.cli.verify import verify
 from medseg.core.errors import MedsegError
 
 
@@ -34,6 +36,7 @@ def cli() -> None:
     \b
     A scan in, a label map out:   inspect, predict, convert
     A dataset in, a model out:    check, plan, preprocess, train, predict, evaluate, compare, choose, report
+    Results to be repeated:       record, verify
     A picture of a scan:          preview
     Models of nnU-Net and others: models
     Data with known truth:        phantom
@@ -55,6 +58,8 @@ VERBS = (
     compare,
     choose,
     report,
+    record,
+    verify,
     models,
     phantom,
 )

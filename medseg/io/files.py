@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -67,6 +68,12 @@ def read_json(path: Path, remedy: str = "Write it anew") -> Any:
         raise InputError(f"{path} is missing", remedy) from None
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})", remedy) from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _no_constant(word: str) -> None:
