@@ -111,6 +111,13 @@ def threads_for(wanted):
 TRAINING_MB = min(8000, int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6))
 
 
+def plan_for():
+    """The machine that plans are made for: this one, or a fixed one, so that the plan is the same everywhere."""
+    if fixed := config["fixed"]:
+        return f"{fixed['machine']} {'--gpu-memory' if fixed['machine'] == 'gpu' else '--memory'} {fixed['memory']}"
+    return "gpu" if HAS_GPU else f"cpu --memory {TRAINING_MB}MB"
+
+
 def task_folder(wildcards):
     return TASKS[wildcards.task]
 
@@ -132,11 +139,15 @@ def budgets(wildcards):
 
 
 def budget_options(wildcards):
+    if config["fixed"]:
+        return f"--steps {config['fixed']['steps']} --no-measure"
     return " ".join(f"--budget {name}={time}" for name, time in budgets(wildcards).items()) or f"--budget {config['budget']}"
 
 
 def minutes(wildcards):
-    """What a training may take, start and validation included."""
+    """What a training may take, start and validation included; a day, where steps are given and no time is."""
+    if config["fixed"]:
+        return 1440
     units = {"d": 1440, "h": 60, "m": 1, "s": 1 / 60}
     parts = re.findall(r"([0-9.]+)([dhms])", budgets(wildcards).get(wildcards.configuration, config["budget"]))
     return int(1.2 * sum(float(n) * units[u] for n, u in parts)) + 10
@@ -154,7 +165,8 @@ def reports():
 
 
 def print_reports():
-    for path in reports():
+    # Those that there are: another target may have been asked for.
+    for path in filter(os.path.exists, reports()):
         print(f"report: {path}", file=sys.stderr)
-    for path in models():
+    for path in filter(os.path.exists, models()):
         print(f"model: {Path(path).parent}", file=sys.stderr)

@@ -57,8 +57,7 @@ rule plan:
         run=RESULTS + "/{task}",
         folds=config["of_folds"],
         seed=config["seed"],
-        machine="gpu" if HAS_GPU else "cpu",
-        memory="" if HAS_GPU else f"--memory {TRAINING_MB}MB",
+        machine=plan_for(),
         budgets=budget_options,
         family=config["family"],
         unlabelled=" ".join(f"--unlabelled {how}" for how in listed(config["unlabelled"])),
@@ -72,7 +71,7 @@ rule plan:
         runtime=60,
     shell:
         "{MEDSEG} plan {params.task:q} -o {params.run:q} --folds {params.folds} --seed {params.seed} "
-        "--family {params.family} --machine {params.machine} {params.memory} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1 "
+        "--family {params.family} --machine {params.machine} {params.budgets} {params.unlabelled} --threads {params.threads} {params.splits} > {log} 2>&1 "
         "&& touch {output}"
 
 

@@ -138,7 +138,7 @@ def _data(task: Task, threads: int) -> Data:
 
 def _fit(folder: RunFolder, one: Scored, plan: Plan) -> Fit:
     from medseg.io.files import sha256_of
-    from medseg.io.sidecar import read_index
+    from medseg.io.sidecar import read_index, read_sidecar
     from medseg.report.results import Fit, Predicted, organs, rows_of
 
     fold = folder.fold(one.configuration, one.fold)
@@ -156,6 +156,7 @@ def _fit(folder: RunFolder, one: Scored, plan: Plan) -> Fit:
         raise InputError(fault, "Predict and evaluate anew", case=case)
     if gone := [case for case, path in index.items() if not path.is_file()]:
         raise InputError("its prediction is missing", "Predict it again with `medseg predict`", case=gone[0])
+    engines = {read_sidecar(path).get("engine") for path in index.values()}
     return Fit(
         configuration=one.configuration,
         fold=one.fold,
@@ -172,6 +173,7 @@ def _fit(folder: RunFolder, one: Scored, plan: Plan) -> Fit:
         peak_memory_bytes=made.get("peak_memory_bytes"),
         model=package.digest(),
         weights=weights_of(fold),
+        engine=engines.pop() if len(engines) == 1 else None,
         predictions=tuple(
             Predicted(case=case, path=f"predictions/{path.name}", sha256=sha256_of(path))
             for case, path in sorted(index.items())

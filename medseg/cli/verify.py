@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -350,8 +352,9 @@ def _again(one: Beside, recorded: Results, work: Path, device: str | None, threa
     if other := next((fit for fit in told.fits if fit.started_from), None):
         raise InputError(f"{told.run} {other.name} was started from another model", "Verify it without --again")
     target = _work(run, task, work / told.run)
-    for fit in _in_order(told, target):
-        _fit_again(fit, target, task, device, threads)
+    with contextlib.redirect_stdout(sys.stderr):  # what the verbs say is no part of the answer
+        for fit in _in_order(told, target):
+            _fit_again(fit, target, task, device, threads)
     fits = {fit.name: fit for fit in collected(target.path, work, available_cores()).fits}
     for fit in told.fits:
         yield from compare_again(told.run if told.run != "." else told.task, fit, fits[fit.name], recorded.tolerance)
@@ -388,7 +391,7 @@ def _fit_again(fit: Fit, target: RunFolder, task: Task, device: str | None, thre
 
     fold = target.fold(fit.configuration, fit.fold)
     device = device or fit.device
-    engine = {"cpu": "openvino", "cuda": "torch-cuda"}.get(device, "auto")
+    engine = fit.engine if fit.engine and device == fit.device else "auto"
     cores = ("--threads", str(threads or fit.threads or available_cores()))
     if not (target.store(fit.configuration) / STORED).exists():
         run_verb("preprocess", str(target.path), "-c", fit.configuration, *cores)

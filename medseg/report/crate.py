@@ -32,7 +32,9 @@ Files = Mapping[str, tuple[str, int]]
 def crate(results: Results, name: str, files: Files, *, published: datetime | None = None) -> dict[str, Any]:
     """The metadata of a folder that holds ``results`` under a ``name``, and ``files`` by their paths from there on.
     ``published`` is now unless given. The data lie elsewhere: they are told by name and hash."""
+    when = (published or datetime.now(UTC)).isoformat(timespec="seconds")
     actions = [action for one in results.tasks for action in _actions(one, files)]
+    collections = [_data_id(one) for one in _once(results.tasks)]
     outputs = [_file(path, *files[path]) for path in files]
     recorded = _id(name)
     recording = {
@@ -43,9 +45,8 @@ def crate(results: Results, name: str, files: Files, *, published: datetime | No
         "instrument": _ref(_PROGRAM),
         "object": [_ref(_id(path)) for path in files],
         "result": _ref(recorded),
-        "actionStatus": _ref_status(),
+        "endTime": when,
     }
-    when = (published or datetime.now(UTC)).isoformat(timespec="seconds")
     title = f"{results.protocol.name} {results.protocol.version}" if results.protocol else "Runs of medseg"
     tasks = ", ".join(dict.fromkeys(one.task for one in results.tasks))
     root = {
@@ -57,7 +58,7 @@ def crate(results: Results, name: str, files: Files, *, published: datetime | No
         "license": _ref("#licence"),
         "conformsTo": _ref(PROFILE),
         "hasPart": [_ref(recorded), *(_ref(one["@id"]) for one in outputs)],
-        "mentions": [_ref(one["@id"]) for one in (*actions, recording)],
+        "mentions": [_ref(name) for name in (*(one["@id"] for one in (*actions, recording)), *collections)],
     }
     licences = "; ".join(dict.fromkeys(f"{one.task}: {one.data.licence or _UNSTATED}" for one in results.tasks))
     graph = [
@@ -100,18 +101,19 @@ def _once(tasks: tuple[TaskResults, ...]) -> list[TaskResults]:
 def _programs(software: Software) -> Iterator[Entity]:
     commit = f", commit {software.commit}{' and changes' if software.dirty else ''}" if software.commit else ""
     libraries = {name: number for name, number in software.versions.items() if name != "medseg"}
+    pages = {name: f"https://pypi.org/project/{quote(name)}/{quote(number)}/" for name, number in libraries.items()}
+    pages |= {"python": "https://www.python.org/"} if "python" in libraries else {}
     yield {
         "@id": _PROGRAM,
         "@type": "SoftwareApplication",
         "name": "medseg",
         "description": f"Medical volume segmentation, version {software.medseg}{commit}",
-        "url": "https://pypi.org/project/medseg/",
         "softwareVersion": f"{software.medseg}{commit}",
-        "softwareRequirements": [_ref(f"#{name}") for name in libraries],
+        "softwareRequirements": [_ref(page) for page in pages.values()],
     }
-    for name, number in libraries.items():
-        page = "https://www.python.org/" if name == "python" else f"https://pypi.org/project/{name}/"
-        yield {"@id": f"#{name}", "@type": "SoftwareApplication", "name": name, "softwareVersion": number, "url": page}
+    for name, page in pages.items():
+        about = {"name": name, "softwareVersion": libraries[name], "url": page}
+        yield {"@id": page, "@type": "SoftwareApplication", **about}
 
 
 def _data(one: TaskResults) -> Iterator[Entity]:
@@ -123,6 +125,7 @@ def _data(one: TaskResults) -> Iterator[Entity]:
         "name": one.task,
         "description": f"The data of {one.task}, {count(len(one.data.files), 'file')}: {one.data.licence or _UNSTATED}",
         "identifier": f"sha256:{one.data.sha256}",
+        "mainEntity": _ref(f"{whole}/dataset.json"),
         "hasPart": [_ref(f"{whole}/{quote(file.path)}") for file in one.data.files],
     }
     for file in one.data.files:
@@ -181,10 +184,9 @@ def _action(one: TaskResults, what: str, command: str, objects: list[Entity], ou
         "name": f"medseg {what}, {one.task}",
         "description": command,
         "instrument": _ref(_PROGRAM),
-        "object": objects,
-        "actionStatus": _ref_status(),
+        "object": objects if len(objects) > 1 else objects[0],
     }
-    return made | ({"result": outcome} if outcome else {})
+    return made | ({"result": outcome if len(outcome) > 1 else outcome[0]} if outcome else {})
 
 
 def _circumstances(one: TaskResults, fit: Fit) -> Iterator[Entity]:
@@ -238,7 +240,3 @@ def _data_id(one: TaskResults) -> str:
 
 def _ref(name: str) -> Entity:
     return {"@id": name}
-
-
-def _ref_status() -> Entity:
-    return _ref("http://schema.org/CompletedActionStatus")

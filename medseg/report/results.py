@@ -152,8 +152,9 @@ class Organ(Strict):
 
 
 class Fit(Strict):
-    """One fold of one configuration, trained by a ``seed``; ``weights`` are files from the fold's folder on, ``model``
-    is the package's digest, ``rows`` the scores of each case and organ as in metrics.json."""
+    """One fold of one configuration, trained by a ``seed``. ``weights`` are files from the fold's folder on, ``model``
+    is the package's digest, ``engine`` what predicted, None where that is not known; ``rows`` are the scores of each
+    case and organ, as in metrics.json."""
 
     configuration: Name
     fold: Natural
@@ -170,6 +171,7 @@ class Fit(Strict):
     peak_memory_bytes: Natural | None = None
     model: Sha
     weights: Annotated[dict[Inner, Sha], Field(min_length=1)]
+    engine: Literal["openvino", "torch-cpu", "torch-cuda"] | None = None
     predictions: Annotated[tuple[Predicted, ...], Field(min_length=1)]
     organs: tuple[Organ, ...]
     rows: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -344,7 +345,7 @@ def again(recorded: Any, medseg: Any, tmp_path_factory: pytest.TempPathFactory) 
 def test_trained_again_it_is_equal_to_the_bit(again: tuple[Path, Any], recorded: Any) -> None:
     work, outcome = again
     assert outcome.status == 0, outcome
-    document = json.loads(outcome.out.splitlines()[-1])
+    document = json.loads(outcome.out)
     said = {f["part"]: (f["verdict"], f["what"]) for f in document["findings"] if f["where"].endswith("again")}
     assert said["weights"] == ("equal", "to the bit")
     assert said["predictions"] == ("equal", "to the bit, 2 cases")
@@ -353,23 +354,27 @@ def test_trained_again_it_is_equal_to_the_bit(again: tuple[Path, Any], recorded:
     assert (work / weights).read_bytes() == (recorded.run / weights).read_bytes()
 
 
-@pytest.mark.parametrize(("tolerance", "status"), [(1.0, 0), (0.0, 1)])
-def test_other_weights_are_judged_by_the_tolerance_that_is_stated(
-    again: tuple[Path, Any], mine: Any, medseg: Any, tmp_path: Path, tolerance: float, status: int
-) -> None:
-    work = tmp_path / "work"
+@pytest.fixture(scope="module")
+def others(again: tuple[Path, Any], medseg: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for --again in which the weights are those of another seed, which stands for another machine."""
+    work = tmp_path_factory.mktemp("others") / "work"
     shutil.copytree(again[0], work)
     shutil.rmtree(work / "3d" / "fold0")
-    shutil.rmtree(work / "checkpoints")
-    # Another seed's weights stand for another machine's.
     assert medseg("train", work, "--seed", 1, "--threads", 1, "--device", "cpu").status == 0
     package = work / "3d" / "fold0" / "model" / "package.json"
     package.write_text(package.read_text().replace('"seed": 1', '"seed": 0'))
+    return work
+
+
+@pytest.mark.parametrize(("tolerance", "status"), [(1.0, 0), (0.0, 1)])
+def test_other_weights_are_judged_by_the_tolerance_that_is_stated(
+    others: Path, mine: Any, medseg: Any, tolerance: float, status: int
+) -> None:
     edit(mine.run, put("tolerance", "dice", value=tolerance))
-    outcome = medseg("verify", mine.run / "results.json", "--again", "-o", work)
+    outcome = medseg("verify", mine.run / "results.json", "--again", "-o", others)
     assert outcome.status == status, outcome
     assert "within tolerance" in outcome.out if status == 0 else "apart" in outcome.out
-    assert "other weights" in outcome.out
+    assert "other weights (on the same hardware and versions)" in outcome.out
 
 
 # ---- the crate ---------------------------------------------------------------------------------
@@ -386,7 +391,7 @@ def test_the_crate_says_what_made_what(recorded: Any) -> None:
         return [n for v in value for n in named(v)] if isinstance(value, list) else []
 
     outside = {name for entity in graph for name in named(entity)} - set(known)
-    assert outside == {"https://w3id.org/ro/crate/1.1", "http://schema.org/CompletedActionStatus"}
+    assert outside == {"https://w3id.org/ro/crate/1.1"}
     for entity in graph:
         if entity["@type"] == "File":
             assert (recorded.run / entity["@id"]).is_file(), entity
@@ -397,20 +402,43 @@ def test_the_crate_says_what_made_what(recorded: Any) -> None:
     assert train["endTime"]
 
 
-@pytest.mark.parametrize(("profile", "level"), [("ro-crate-1.1", "REQUIRED"), ("process-run-crate-0.5", "REQUIRED")])
-def test_the_crate_is_valid(recorded: Any, profile: str, level: str) -> None:
-    validator = shutil.which("rocrate-validator", path=f"{Path(sys.executable).parent}:{_path()}")
-    if validator is None:
-        pytest.skip("no rocrate-validator (roc-validator)")
-    command = [validator, "--no-interactive", "--disable-color", "validate", "-p", profile, "-l", level]
-    done = subprocess.run([*command, str(recorded.run)], capture_output=True, text=True, timeout=120)
+# What the crate uses of the vocabularies that its context names, which a validator would fetch from the network.
+SCHEMA_ORG = (
+    "about", "contentSize", "datePublished", "description", "encodingFormat", "endTime", "hasPart", "identifier",
+    "instrument", "license", "mainEntity", "mentions", "name", "object", "result", "softwareRequirements",
+    "softwareVersion", "unitText", "url", "value", "version",
+    "Collection", "CreateAction", "CreativeWork", "Dataset", "PropertyValue", "SoftwareApplication",
+)  # fmt: skip
+OTHERS = {
+    "File": "http://schema.org/MediaObject",
+    "conformsTo": "http://purl.org/dc/terms/conformsTo",
+    "sha256": "https://w3id.org/ro/terms/workflow-run#sha256",
+    "resourceUsage": "https://w3id.org/ro/terms/workflow-run#resourceUsage",
+}
+
+
+def validator() -> str:
+    """roc-validator's program, in this environment or on the path."""
+    found = shutil.which("rocrate-validator", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("no rocrate-validator (pip install roc-validator)")
+    return found
+
+
+@pytest.mark.parametrize("profile", ["ro-crate-1.1", "process-run-crate-0.5"])
+def test_the_crate_is_valid(mine: Any, profile: str) -> None:
+    file = mine.run / "ro-crate-metadata.json"
+    document = json.loads(file.read_text())
+    document["@context"] = {name: f"http://schema.org/{name}" for name in SCHEMA_ORG} | OTHERS
+    file.write_text(json.dumps(document))
+    command = [validator(), "--no-interactive", "--disable-color", "validate", "-np", "-p", profile, "--no-paging"]
+    done = subprocess.run([*command, mine.run], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def _path() -> str:
-    import os
-
-    return os.environ.get("PATH", "")
+    # It finds what is wrong.
+    root = next(entity for entity in document["@graph"] if entity["@id"] == "./")
+    del root["datePublished"], root["conformsTo"]
+    file.write_text(json.dumps(document))
+    assert subprocess.run([*command, mine.run], capture_output=True, timeout=120).returncode == 1
 
 
 # ---- which medseg ------------------------------------------------------------------------------
