@@ -57,7 +57,7 @@ def record(
         raise click.UsageError("A run is named twice")
     protocol = read_protocol(protocol_file) if protocol_file else None
     cores = threads or available_cores()
-    tasks = [collected(run, path.parent, cores) for run in progress("record", "run")(runs, len(runs))]
+    tasks = [_sound(run, path.parent, cores) for run in progress("record", "run")(runs, len(runs))]
     if protocol:
         require_followed(protocol, tasks)
     results = Results(
@@ -73,6 +73,23 @@ def record(
     write_json(path.with_name(CRATE), metadata)
     fits = sum(len(one.fits) for one in tasks)
     click.echo(f"{count(len(tasks), 'run')}, {count(fits, 'fold')}: {path}")
+
+
+def _sound(run: Path, base: Path, threads: int) -> TaskResults:
+    """`collected`, and InputError where a model does not tell how it was made, or a name is none that others can
+    read."""
+    from pydantic import ValidationError
+
+    try:
+        return collected(run, base, threads)
+    except KeyError as error:
+        raise InputError(
+            f"a model of {run} does not tell its {error.args[0]}", "Train it with `medseg train`"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{run} cannot be recorded: {key}: {first['msg']}", "Rename it, or train it anew") from None
 
 
 def read_protocol(path: Path) -> Protocol:

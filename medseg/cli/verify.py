@@ -101,7 +101,7 @@ def verify(
         click.echo(
             table([["part", "where", "verdict", "what"], *([f.part, f.where, f.verdict, f.what] for f in found)])
         )
-        click.echo(_summary(found))
+        click.echo(_summary(found, recorded.tolerance.dice))
     if different:
         raise SystemExit(1)
 
@@ -115,12 +115,13 @@ def _read(path: Path) -> Results:
     return parse(read_json(path, "Name the file that `medseg record` wrote"), str(path))
 
 
-def _summary(found: Sequence[Finding]) -> str:
+def _summary(found: Sequence[Finding], tolerance: float) -> str:
     words = ("equal", "within tolerance", "different", "not there")
     counts = {word: sum(one.verdict == word for one in found) for word in words}
     told = ", ".join(f"{n} {word}" for word, n in counts.items() if n or word == "different")
     unseen = " What is not there was not checked." if counts["not there"] else ""
-    return f"{count(len(found), 'part')}: {told}.{unseen}"
+    near = f" The tolerance that was stated is a Dice of {tolerance:g}." if counts["within tolerance"] else ""
+    return f"{count(len(found), 'part')}: {told}.{near}{unseen}"
 
 
 def _beside(recorded: Results, base: Path, runs: tuple[Path, ...], data: Path | None) -> list[Beside]:

@@ -38,7 +38,7 @@ def _printable(text: str) -> str:
 
 def _inner(text: str) -> str:
     path = PurePosixPath(text)
-    if path.is_absolute() or ".." in path.parts or "\\" in text or ":" in text:
+    if path.is_absolute() or ".." in path.parts or "\\" in text:
         raise ValueError(f"{text!r} leads out of its folder")
     return text
 
@@ -46,9 +46,11 @@ def _inner(text: str) -> str:
 Text = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
 Inner = Annotated[Text, Field(min_length=1), AfterValidator(_inner)]
 # Names that become folders.
-Name = Annotated[Text, Field(pattern=r"^[^/\\.:][^/\\:]*$")]
+Name = Annotated[Text, Field(pattern=r"^[^/\\.][^/\\]*$")]
 Sha = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0, le=2**62)]
+# With an option for each of a hundred organs.
+Command = Annotated[str, Field(max_length=100_000), AfterValidator(_printable)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -206,7 +208,7 @@ class TaskResults(Strict):
     plan: PlanFile
     folds: Sha
     fits: Annotated[tuple[Fit, ...], Field(min_length=1)]
-    commands: tuple[Text, ...]
+    commands: tuple[Command, ...]
 
     @model_validator(mode="after")
     def _once(self) -> TaskResults:

@@ -29,8 +29,10 @@ def test_the_verbs() -> None:
         "predict",
         "preprocess",
         "preview",
+        "record",
         "report",
         "train",
+        "verify",
     ]
 
 

@@ -87,13 +87,20 @@ def test_the_same_run_gives_the_same_results(recorded: Any, mine: Any, medseg: A
     assert (mine.run / "results.json").read_bytes() == (recorded.run / "results.json").read_bytes()
 
 
-def test_what_cannot_be_recorded_is_refused(mine: Any, medseg: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_recorded_is_refused(recorded: Any, mine: Any, medseg: Any, tmp_path: Path) -> None:
     medseg("record", mine.run, "-o", tmp_path / "elsewhere" / "results.json").refused("is not within", "with -o")
     (mine.fold / "metrics.json").rename(mine.fold / "aside.json")
     medseg("record", mine.run).refused("was scored", "medseg evaluate")
     (mine.fold / "aside.json").rename(mine.fold / "metrics.json")
     next((mine.fold / "predictions").glob("*_seg.nii.gz")).unlink()
     medseg("record", mine.run).refused("its prediction is missing")
+    package = json.loads((mine.model / "package.json").read_text())
+    (mine.model / "package.json").write_text(json.dumps(package | {"provenance": {}}))
+    shutil.copytree(recorded.fold / "predictions", mine.fold / "predictions", dirs_exist_ok=True)
+    medseg("record", mine.run).refused("does not tell its seed")
+    package["provenance"]["steps"] = -1
+    (mine.model / "package.json").write_text(json.dumps(package))
+    medseg("record", mine.run).refused("cannot be recorded: steps")
     shutil.rmtree(mine.model)
     medseg("record", mine.run).refused("has scores and no model")
 
