@@ -24,7 +24,7 @@ from medseg.plan.plan import Count, Share, Steps, Strict
 
 # Of the same label maps the same scores follow, but for the last digits of another processor's arithmetic.
 ROUNDING = 1e-9
-# So large that a person would not notice: what the seeds of one plan differ by is several times as much.
+# About what another order of adding moves an organ's mean by, and less than another seed does (docs/benchmarks.md).
 DICE_TOLERANCE = 0.005
 
 Verdict = Literal["equal", "within tolerance", "different", "not there"]
