@@ -89,8 +89,9 @@ MEDSEG = f"{sys.executable} -m medseg"
 if listed(config["modules"]):
     shell.prefix(f"module load {' '.join(map(shlex.quote, listed(config['modules'])))} && ")
 # Jobs of a cluster run elsewhere: what this machine is says nothing of them.
-if workflow.non_local_exec and config["device"] == "auto":
-    raise WorkflowError("medseg: device is auto, and jobs run on other machines. Say device=cpu or device=cuda.")
+for key, remedy_here in {"device": "device=cpu or device=cuda", "memory_mb": "memory_mb=16000, or what a node has"}.items():
+    if workflow.non_local_exec and config[key] in ("auto", None):
+        raise WorkflowError(f"medseg: jobs run on other machines, and {key} is taken from this one. Say {remedy_here}.")
 HAS_GPU = config["device"] == "cuda" or (config["device"] == "auto" and Path("/dev/nvidia0").exists())
 
 
@@ -119,11 +120,21 @@ def threads_for(wanted):
     return max(1, min(GIVEN, round(cores(wanted) * GIVEN / here)))
 
 
-# In no rule's params, since a machine that differs must not make what is done look outdated.
+# In no rule's params: a node that has fewer must not make what is done look outdated. (In a rule's shell, as here,
+# stands what the outermost workflow makes of the configuration, and what a protocol changes stands in params.)
 THREADS = cores(config["threads"])
 # What a job may take, of which the plan is told: unless given, no more than four fifths of this machine's memory.
 MOST_MB = config["memory_mb"] or min(8000, int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6))
-PLANNED_FOR = "--machine gpu" if HAS_GPU else f"--machine cpu --memory {MOST_MB}MB"
+
+
+def machine_options():
+    """The machine that plans are made for: this one, or a fixed one, so that the plan is the same everywhere."""
+    if fixed := config["fixed"]:
+        most = "--gpu-memory" if fixed["machine"] == "gpu" else "--memory"
+        return f"--machine {fixed['machine']} {most} {fixed['memory']}"
+    return "--machine gpu" if HAS_GPU else f"--machine cpu --memory {MOST_MB}MB"
+
+
 ENGINE = {"auto": "auto", "cpu": "openvino", "cuda": "torch-cuda"}[config["device"]]
 
 
@@ -174,11 +185,15 @@ def budgets(wildcards):
 
 
 def budget_options(wildcards):
+    if config["fixed"]:
+        return f"--steps {config['fixed']['steps']} --no-measure"
     return " ".join(f"--budget {name}={time}" for name, time in budgets(wildcards).items()) or f"--budget {config['budget']}"
 
 
 def minutes(wildcards):
-    """What a training may take, start and validation included."""
+    """What a training may take, start and validation included; a day, where steps are given and no time is."""
+    if config["fixed"]:
+        return 1440
     units = {"d": 1440, "h": 60, "m": 1, "s": 1 / 60}
     parts = re.findall(r"([0-9.]+)([dhms])", budgets(wildcards).get(wildcards.configuration, config["budget"]))
     return int(1.2 * sum(float(n) * units[u] for n, u in parts)) + 10
@@ -227,7 +242,8 @@ def reports():
 
 
 def print_reports():
-    for path in reports():
+    # Those that there are: another target may have been asked for.
+    for path in filter(os.path.exists, reports()):
         print(f"report: {path}", file=sys.stderr)
-    for path in models():
+    for path in filter(os.path.exists, models()):
         print(f"model: {Path(path).parent}", file=sys.stderr)

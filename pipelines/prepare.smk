@@ -57,10 +57,8 @@ rule plan:
         run=RESULTS + "/{task}",
         folds=config["of_folds"],
         seed=config["seed"],
+        machine=machine_options(),
         budgets=budget_options,
-        # Planned anew where these change.
-        device=config["device"],
-        memory=config["memory_mb"],
         family=config["family"],
         unlabelled=" ".join(f"--unlabelled {how}" for how in listed(config["unlabelled"])),
         splits=lambda wildcards, input: f"--splits {input.splits}" if input.splits else "",
@@ -72,7 +70,7 @@ rule plan:
         runtime=60,
     shell:
         "{MEDSEG} plan {params.task:q} -o {params.run:q} --folds {params.folds} --seed {params.seed} "
-        "--family {params.family} {PLANNED_FOR} {params.budgets} {params.unlabelled} --threads {THREADS} {params.splits} > {log} 2>&1 "
+        "--family {params.family} {params.machine} {params.budgets} {params.unlabelled} --threads {THREADS} {params.splits} > {log} 2>&1 "
         "&& touch {output}"
 
 

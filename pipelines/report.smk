@@ -8,11 +8,11 @@ rule report:
         ),
         lambda wildcards: [path for path in models() if path == f"{RESULTS}/{wildcards.task}/model/package.json"],
     output:
-        RESULTS + "/{task}/report.html",
+        report(RESULTS + "/{task}/report.html", caption="captions/report.rst", category="{task}", labels={"what": "page"}),
         RESULTS + "/{task}/report.md",
         RESULTS + "/{task}/report.json",
-        RESULTS + "/{task}/report.pdf",
-        RESULTS + "/{task}/metrics.csv",
+        report(RESULTS + "/{task}/report.pdf", caption="captions/report.rst", category="{task}", labels={"what": "summary"}),
+        report(RESULTS + "/{task}/metrics.csv", caption="captions/metrics.rst", category="{task}", labels={"what": "scores"}),
     log:
         RESULTS + "/logs/{task}/report.log",
     params:
@@ -29,7 +29,7 @@ rule report_all:
     input:
         expand(RESULTS + "/{task}/report.html", task=TASKS),
     output:
-        RESULTS + "/report.html",
+        report(RESULTS + "/report.html", caption="captions/overview.rst", category="All tasks", labels={"what": "page"}),
     log:
         RESULTS + "/logs/report.log",
     params:

@@ -164,7 +164,7 @@ def all_folds(
         before = first_stage(folder, task, plan, name)
         models = before.digests if before else ()
         if not _preprocessed(folder, task, plan, name, models):
-            _run("preprocess", str(run), "-c", name, *cores)
+            run_verb("preprocess", str(run), "-c", name, *cores)
         for number, cases in enumerate(folder.folds(task)):
             fold = FoldFolder(folder, name, number, cases)
             # The log is written last.
@@ -172,15 +172,15 @@ def all_folds(
             scans = [case.id for case in unlabelled_for(task, cases.validation)] if alone else []
             wanted = (plan.digest(), seed, begun, models, tuple(scans))
             if found is None or isinstance(found, Lack) or _of(found) != wanted:
-                _run(*fold.train(), *how)
+                run_verb(*fold.train(), *how)
                 found = fold.package()
             if isinstance(found, Lack):
                 raise InputError(found.what, f"Run `{found}`")
             if fold.predicted(found, task):
-                _run(*fold.predict(task), "--engine", engine, *cores)
+                run_verb(*fold.predict(task), "--engine", engine, *cores)
             if not _newer(fold.path / "metrics.json", fold.predictions / INDEX):
-                _run("evaluate", str(fold.predictions), str(task.folder), "-o", str(fold.path))
-    _run("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)
+                run_verb("evaluate", str(fold.predictions), str(task.folder), "-o", str(fold.path))
+    run_verb("choose", str(run), *(part for name in names for part in ("-c", name)), *cores)
 
 
 def require_unseen(start: ModelPackage, task: Task, fold: Fold, number: int) -> None:
@@ -234,7 +234,7 @@ def _newer(path: Path, than: Path) -> bool:
     return path.exists() and path.stat().st_mtime >= than.stat().st_mtime
 
 
-def _run(verb: str, *arguments: str) -> None:
+def run_verb(verb: str, *arguments: str) -> None:
     """A verb, as the command line calls it."""
     root = click.get_current_context().find_root()
     command = root.command

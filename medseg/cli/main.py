@@ -24,9 +24,11 @@ from medseg.cli.predict import predict
 from medseg.cli.preflight import preflight
 from medseg.cli.preprocess import preprocess
 from medseg.cli.preview import preview
+from medseg.cli.record import record
 from medseg.cli.report import report
 from medseg.cli.run import run
 from medseg.cli.train import train
+from medseg.cli.verify import verify
 from medseg.core.errors import MedsegError
 
 
@@ -40,6 +42,7 @@ def cli() -> None:
     All of a dataset in one go:   run
     A dataset in, a model out:    fetch, check, plan, preprocess, train, predict, evaluate,
                                   compare, choose, report
+    Results to be repeated:       record, verify
     A picture of a scan:          preview
     Models of nnU-Net and others: models
     Data with known truth:        phantom
@@ -64,6 +67,8 @@ VERBS = (
     choose,
     report,
     run,
+    record,
+    verify,
     models,
     phantom,
     doctor,

@@ -431,6 +431,7 @@ def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes:
 
     made = result.made
     record = _sidecar(job, made, scan, wishes)
+    record["engine"] = predictor.engine.name
     ignored = predictor.package.plan.training.ignore_label
     if ignored is not None:  # for `medseg evaluate`, which knows no plan
         record["ignore_label"] = ignored

@@ -8,29 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medseg.core.errors import InputError, MedsegError
+from medseg.core.errors import MedsegError
 
 if TYPE_CHECKING:
-    from medseg.io.cluster import Job
+    from medseg.io.cluster import Wanted
 
 # A run that has not this much room fails soon, and is tried for by writing, which a quota ends where a disk's free
 # space does not tell of it.
 _LEAST_ROOM = 256 * 2**20
-
-
-class Wanted(BaseModel):
-    """What a workflow is about to do: ``jobs`` as `medseg.io.cluster.Job` has them, ``slurm`` whether SLURM runs them,
-    ``tasks`` and ``results`` its folders, ``ask_nodes`` how many nodes of each partition to ask."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    results: Path
-    tasks: list[Path] = []
-    slurm: bool = False
-    ask_nodes: int = Field(default=0, ge=0)
-    jobs: list[dict[str, str | int | None]] = []
 
 
 @click.command()
@@ -45,7 +31,7 @@ def preflight(wanted: TextIO, room: int) -> None:
     included; tasks can be read; and of a SLURM cluster, that its partitions are there and have a node that each
     job fits, and that nodes see the folders.
     """
-    from medseg.io.cluster import Job
+    from medseg.io.cluster import Wanted
 
     try:
         asked = Wanted.model_validate_json(wanted.read())
@@ -92,7 +78,7 @@ def _room(folder: Path, room: int, what: str) -> Iterator[str]:
         yield f"{what} {folder}: {error.strerror}; free space or quota, or choose another folder"
 
 
-def _cluster(asked: Wanted, jobs: list[Job]) -> Iterator[str]:
+def _cluster(asked: Wanted) -> Iterator[str]:
     from medseg.io.cluster import ask_nodes, faults, partitions
 
     try:
@@ -100,13 +86,13 @@ def _cluster(asked: Wanted, jobs: list[Job]) -> Iterator[str]:
     except MedsegError as error:
         yield str(error)
         return
-    found = list(faults(jobs, known))
+    found = list(faults(asked.jobs, known))
     yield from found
     if found or not asked.ask_nodes:
         return
     tasks = [task.resolve() / "dataset.json" for task in asked.tasks]
     paths = [asked.results.resolve(), *tasks, Path(sys.executable)]
-    missing, answered, busy = ask_nodes(jobs, known, paths, asked.ask_nodes)
+    missing, answered, busy = ask_nodes(asked.jobs, known, paths, asked.ask_nodes)
     yield from (
         f"{text}; mount it there, or keep jobs off that node (slurm_extra='--exclude=NODE')" for text in missing
     )

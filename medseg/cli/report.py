@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def _page(folder: RunFolder, *, pictures: bool = True) -> tuple[RunPage, dict[st
 
     task, plan = folder.task(), folder.plan()
     folds = folder.folds(task)
-    scored, curves = tuple(_scored(folder, plan)), tuple(_curves(folder, plan))
+    scored, curves = tuple(scored_of(folder, plan)), tuple(_curves(folder, plan))
     flagged = tuple(_flagged(folder, scored))
     packages = {
         f"{one.configuration}, fold {one.fold}": package
@@ -94,7 +94,7 @@ def _page(folder: RunFolder, *, pictures: bool = True) -> tuple[RunPage, dict[st
             by_subject=len({case.subject for case in task.cases}) < len(task.cases),
         ),
         provenance=_provenance(folder, task, plan, packages),
-        commands=tuple(_commands(folder, scored)),
+        commands=tuple(commands(folder, scored)),
         warnings=tuple(_warnings(scored, packages, len(task.cases))),
     )
     shown = {name: getattr(page, name) for name in ("title", "task", "description", "cases", "folds", "provenance")}
@@ -163,7 +163,8 @@ def _folds(folder: RunFolder, plan: Plan, name: str) -> Iterator[tuple[str, int,
             yield configuration, int(path.parent.name.removeprefix("fold")), read_json(path)
 
 
-def _scored(folder: RunFolder, plan: Plan) -> Iterator[Scored]:
+def scored_of(folder: RunFolder, plan: Plan) -> Iterator[Scored]:
+    """The scores of every configuration and fold that has some."""
     from medseg.evaluate import calibration
     from medseg.evaluate.score import from_json
     from medseg.io.files import read_json
@@ -281,7 +282,8 @@ def _decisions(plan: Plan) -> Iterator[Decision]:
         yield Decision("network", f"{c.network.value.family} with {features} features", c.network.reason, name)
 
 
-def _commands(folder: RunFolder, scored: tuple[Scored, ...]) -> Iterator[str]:
+def commands(folder: RunFolder, scored: Sequence[Scored]) -> Iterator[str]:
+    """The commands that make the run's results again, from its plan and folds."""
     yield "medseg plan TASK -o RUN --no-measure"
     yield "# THIS is the folder of this run. The same plan and folds, whatever budget and machine they were made for:"
     yield "cp THIS/plan.json THIS/folds.json RUN/"

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medseg.core.errors import MedsegError
+from medseg.core.errors import InputError, MedsegError
 
 _PATIENCE = 30  # seconds for one of SLURM's programs
 _AT_ONCE = 16
@@ -30,6 +30,29 @@ class Job(BaseModel):
     gpus: int = 0
     memory_mb: int | None = None
     minutes: int | None = None
+
+
+class Wanted(BaseModel):
+    """What a workflow is about to do: its ``jobs``, ``slurm`` whether SLURM runs them,
+    ``tasks`` and ``results`` its folders, ``ask_nodes`` how many nodes of each partition to ask."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    results: Path
+    tasks: list[Path] = []
+    slurm: bool = False
+    ask_nodes: int = Field(default=0, ge=0)
+    jobs: list[Job] = []
+
+
+def read_wanted(text: str) -> Wanted:
+    """From JSON. Raises InputError where it is something else."""
+    try:
+        return Wanted.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InputError(f"it is no list of jobs ({where}: {first['msg']})", "Let the workflow call it") from None
 
 
 @dataclass(frozen=True)

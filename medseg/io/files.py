@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -72,6 +73,12 @@ def read_json(path: Path, remedy: str = "Write it anew") -> Any:
         raise InputError(f"{path} is missing", remedy) from None
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})", remedy) from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _no_constant(word: str) -> None:

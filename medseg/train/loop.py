@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -309,8 +310,9 @@ def provenance(
         "setbacks": learner.setbacks,
         "start": identity["start"],
         "seconds": round(learner.seconds, 1),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "peak_memory_bytes": resident_memory(most=True),
-        "machine": machine(),
+        "machine": machine() | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         "plan": course.plan.digest(),
         **{name: identity[name] for name in ("unlabelled", "previous") if name in identity},
         **({"learnt_before": learnt_from(start)} if start else {}),

@@ -29,11 +29,14 @@ def test_the_verbs() -> None:
         "phantom",
         "plan",
         "predict",
+        "preflight",
         "preprocess",
         "preview",
+        "record",
         "report",
         "run",
         "train",
+        "verify",
     ]
 
 
