@@ -31,17 +31,10 @@ def preflight(wanted: TextIO, room: int) -> None:
     included; tasks can be read; and of a SLURM cluster, that its partitions are there and have a node that each
     job fits, and that nodes see the folders.
     """
-    from medseg.io.cluster import Wanted
+    from medseg.io.cluster import read_wanted
 
-    try:
-        asked = Wanted.model_validate_json(wanted.read())
-        jobs = [Job.model_validate(job) for job in asked.jobs]
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"it is no list of jobs ({first['loc']}: {first['msg']})", "Let the workflow call it"
-        ) from None
-    found = [*_folders(asked, room), *(_cluster(asked, jobs) if asked.slurm else ())]
+    asked = read_wanted(wanted.read())
+    found = [*_folders(asked, room), *(_cluster(asked) if asked.slurm else ())]
     for text in found[:20]:
         click.echo(f"medseg: {text}", err=True)
     if len(found) > 20:
