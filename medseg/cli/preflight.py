@@ -22,7 +22,7 @@ _LEAST_ROOM = 256 * 2**20
 @click.command()
 @click.argument("wanted", type=click.File("r"), default="-")
 @click.option(
-    "--room", type=click.IntRange(min=0), default=_LEAST_ROOM, help="Bytes that must be writable.", hidden=True
+    "--room", type=click.IntRange(min=0), default=_LEAST_ROOM, show_default=True, help="Bytes that must be free."
 )
 def preflight(wanted: TextIO, room: int) -> None:
     """Say what will keep a workflow from ending, before it begins. The workflow calls it.
