@@ -300,6 +300,11 @@ def _train_fold(
         _stop()
     if first is not begun and first is not None:
         package = replace(package, provenance=_pretrained(package, first))
+    # Of a fold that has a log `medseg train --all-folds` takes it that all is there.
+    log_file = output / "log.json"
+    if log_file.exists() and _is_saved(package, output / "model"):
+        click.echo(f"{package.name} is trained already; {output / 'model'} is left as it is")
+        return
     calibration = calibration_of(
         package,
         lambda case: load_case(task, task.case(case)),
@@ -307,8 +312,6 @@ def _train_fold(
         seconds=calibration_allowed(package.configuration, package.provenance["seconds"]),
         most=looked.calibrated,
     )
-    # Of a fold that has a log `medseg train --all-folds` takes it that all is there.
-    log_file = output / "log.json"
     save_package(output / "model", replace(package, experience=trained, calibration=calibration), outdated=[log_file])
     saved = load_package(output / "model")
     scans = {case: volume for case, volume, _ in validation} or {
@@ -342,6 +345,21 @@ def _train_fold(
             click.echo(
                 f"{name} gives other labels than torch (Dice {found.least_dice:.4f}) and is not used unless asked for"
             )
+
+
+def _is_saved(package: ModelPackage, folder: Path) -> bool:
+    """Whether a folder holds a model of this very training: one that another job finished meanwhile, or an earlier
+    run of this command."""
+    from medseg.core.errors import MedsegError
+    from medseg.models.package import INDEX, load_package
+
+    if not (folder / INDEX).exists():
+        return False
+    try:
+        saved = load_package(folder)
+    except MedsegError:
+        return False
+    return saved.plan.digest() == package.plan.digest() and saved.digest() == package.digest()
 
 
 def _unlabelled(

@@ -3,6 +3,7 @@ ends with the weights and the scores of the run that nothing disturbed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -68,6 +69,15 @@ class Workflow:
         lines = run("squeue", "-h", "-t", "RUNNING", "-o", "%i %Z %k").splitlines()
         mine = [line.split()[0] for line in lines if f" {self.folder} " in line and "rule_train" in line]
         return mine[0] if mine else None
+
+    def training(self) -> int:
+        """The process that trains."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().split(b"\0")
+                if words[1:4] == [b"-m", b"medseg", b"train"] and path.with_name("cwd").readlink() == self.folder:
+                    return int(path.parent.name)
+        raise AssertionError("no training is at work")
 
     def ended(self) -> tuple[dict[str, bytes], str]:
         """The weights, and the scores of each case."""
@@ -171,9 +181,11 @@ def preempted(work: Workflow) -> None:
 
 
 def out_of_time(work: Workflow) -> None:
+    """As on a node that hangs: it does not get on until its minute is over."""
     started = work.start()
     job = work.job()
     assert subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"]).returncode == 0
+    os.kill(work.training(), signal.SIGSTOP)
     assert started.wait(PATIENCE) == 0, work.said[-6000:]
     assert "TIMEOUT" in work.said, work.said[-6000:]
 
