@@ -154,7 +154,20 @@ def test_the_report_names_every_case_and_structure(made: Any) -> None:
 
 def test_training_again_where_it_ended_changes_nothing(made: Any, medseg: Any, tmp_path: Path) -> None:
     mine = made.copy(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in mine.fold.rglob("[!.]*.*")}
+    outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert "is trained already" in outcome.out
+    assert {path: path.stat().st_mtime_ns for path in mine.fold.rglob("[!.]*.*")} == before
+
+
+def test_a_model_that_a_workflow_took_away_is_made_anew_from_the_checkpoint(
+    made: Any, medseg: Any, tmp_path: Path
+) -> None:
+    mine = made.copy(tmp_path)
     before = load_package(mine.model).digest()
+    (mine.model / "package.json").unlink()
+    (mine.fold / "log.json").unlink()
     outcome = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
     assert outcome.status == 0, outcome
     assert "160 steps" in outcome.out
@@ -167,6 +180,7 @@ def test_stopped_after_the_last_step_it_goes_on_from_there(
 ) -> None:
     mine = made.copy(tmp_path)
     before = load_package(mine.model).digest()
+    (mine.fold / "log.json").unlink()
     with monkeypatch.context() as patched:
         patched.setattr("medseg.train.calibrate.calibration_of", lambda *_, **__: signal.raise_signal(number))
         stopped = medseg("train", mine.run, "--threads", 1, "--device", "cpu")
@@ -181,6 +195,7 @@ def test_broken_off_before_engines_are_compared_a_fold_counts_as_not_done(
     made: Any, medseg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = made.copy(tmp_path)
+    (mine.fold / "log.json").unlink()
 
     def broken(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
