@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from medseg import __version__
+from medseg.cli.archive import archive
 from medseg.cli.check import check
 from medseg.cli.choose import choose
 from medseg.cli.compare import compare
@@ -36,6 +37,7 @@ def cli() -> None:
     A scan in, a label map out:   inspect, predict, convert
     A dataset in, a model out:    fetch, check, plan, preprocess, train, predict, evaluate,
                                   compare, choose, report
+    Thousands of scans:           archive
     A picture of a scan:          preview
     Models of nnU-Net and others: models
     Data with known truth:        phantom
@@ -58,6 +60,7 @@ VERBS = (
     compare,
     choose,
     report,
+    archive,
     models,
     phantom,
 )
