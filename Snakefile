@@ -2,6 +2,7 @@
 #
 #   snakemake --cores 8                                         the phantom tasks
 #   snakemake --cores 8 --config tasks=data/Task09_Spleen       a task of yours
+#   snakemake --cores 8 archive --config archive=scans.txt model=MODEL      many scans, as shards of an array
 #
 # What runs is said in pipelines/config.yaml, where it runs in profiles/.
 
@@ -13,6 +14,7 @@ include: "pipelines/predict.smk"
 include: "pipelines/evaluate.smk"
 include: "pipelines/choose.smk"
 include: "pipelines/report.smk"
+include: "pipelines/archive.smk"
 
 
 rule all:

@@ -191,7 +191,11 @@ def reports():
 
 
 def print_reports():
-    for path in reports():
-        print(f"report: {path}", file=sys.stderr)
+    """Those that are there: a target may have been one of them alone."""
+    archive = [f"{RESULTS}/archive/report.html"] if config["archive"] else []
+    for path in [*reports(), *archive]:
+        if Path(path).exists():
+            print(f"report: {path}", file=sys.stderr)
     for path in models():
-        print(f"model: {Path(path).parent}", file=sys.stderr)
+        if Path(path).exists():
+            print(f"model: {Path(path).parent}", file=sys.stderr)

@@ -221,23 +221,32 @@ def predict_shards(path: Path, part: Shard | None, work: Work) -> None:
     def busy(told: str) -> None:
         raise _BusyError(told)
 
+    # The first shard bears what it took to start and to load the model.
+    since = time.monotonic() - _age()
     for number in (part.number,) if part else range(1, manifest.shards + 1):
         lock = manifest.log(number).with_suffix(".lock")
         try:
             with alone(lock, "predict", busy):
-                _shard(manifest, number, work)
+                _shard(manifest, number, work, since)
+            since = time.monotonic()
         except _BusyError as error:
             if part:
                 raise MedsegError(f"{error}. Wait until it has ended, or stop it.") from None
 
 
-def _shard(manifest: Manifest, number: int, work: Work) -> None:
+def _age() -> float:
+    """Seconds since this process began."""
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process().create_time())
+
+
+def _shard(manifest: Manifest, number: int, work: Work, since: float) -> None:
     from medseg.io.archive import Log
     from medseg.io.files import write_json
 
-    started = time.monotonic()
     about = {"manifest": manifest.digest, "shard": number, **work.about}
-    log = Log(manifest.log(number), about, lambda: time.monotonic() - started, work.cores)
+    log = Log(manifest.log(number), about, lambda: time.monotonic() - since, work.cores)
     try:
         fresh, again = _left(manifest, number, work, log)
         ends = {name: row["state"] for name, row in log.told.scans.items()}

@@ -139,7 +139,7 @@ class Collected:
             "models": [{"name": name, "sha256": digest} for digest, name in self.models.items()],
             "bytes": self.size,
             "cost": {
-                "core_hours": round(self.core_seconds / 3600, 3),
+                "core_hours": round(self.core_seconds / 3600, 6),
                 "core_seconds_of_a_scan": round(self.core_seconds / done, 3),
                 "seconds_of_computing": _spread(self.seconds),
             },
@@ -185,7 +185,7 @@ def archive_report(title: str, told: Mapping[str, Any]) -> str:
         "model": ", ".join(f"{one['name']} {one['sha256'][:16]}" for one in told["models"]) or "–",
         "shards begun": f"{told['shards']['begun']} of {told['shards']['all']}",
         "scans, in all": f"{told['bytes'] / 1e9:.3g} GB",
-        "core hours": f"{cost['core_hours']:g}",
+        "core hours": f"{cost['core_hours']:.3g}",
         "core seconds of a scan, all included": f"{cost['core_seconds_of_a_scan']:g}",
     }
     if "median" in took:
