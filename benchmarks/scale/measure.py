@@ -17,7 +17,6 @@ import json
 import resource
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,10 @@ def make_scans(folder: Path, task: Path | None, count: int) -> list[Path]:
             x, y, z = np.ogrid[:36, :50, :36]
             ball = ((x - 18) / 9) ** 2 + ((y - 25) / 16) ** 2 + ((z - 18) / 8) ** 2 < 1
             values, affine = (200 * ball + 300).astype(np.int16), np.eye(4)
-        size = [min(n, int(rng.integers(low, n + 1)) if n > low else n) for n, low in zip(values.shape, (24, 44, 28), strict=True)]
+        size = [
+            min(n, int(rng.integers(low, n + 1)) if n > low else n)
+            for n, low in zip(values.shape, (24, 44, 28), strict=True)
+        ]
         first = [int(rng.integers(0, n - s + 1)) for n, s in zip(values.shape, size, strict=True)]
         crop = values[tuple(slice(f, f + s) for f, s in zip(first, size, strict=True))].astype(np.float32)
         crop = np.maximum(crop + rng.normal(0, 0.01 * crop.std(), crop.shape), 0)
@@ -174,17 +176,19 @@ def deal(work: Path, count: int) -> None:
     real[0].parent.mkdir(parents=True, exist_ok=True)
     for path in real:
         path.touch()
-    tell: dict[str, float] = {"scans": count, "threads": threading.active_count()}
+    tell: dict[str, float] = {"scans": count}
     started = time.perf_counter()
     look_up([real[n % len(real)] for n in range(count)])
     tell["stat_local_s"] = time.perf_counter() - started
     sizes = (rng.lognormal(17, 1, count)).astype(int)
-    listed = [Listed(f"/archive/{n // 1000:04d}/scan{n:07d}.nii.gz", int(s), f"scan{n:07d}") for n, s in enumerate(sizes)]
+    listed = [
+        Listed(f"/archive/{n // 1000:04d}/scan{n:07d}.nii.gz", int(s), f"scan{n:07d}") for n, s in enumerate(sizes)
+    ]
     path = work / "deal" / "manifest.jsonl"
     path.unlink(missing_ok=True)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     manifest = write_manifest(path, listed, max(1, count // 500))
-    tell["deal_s"] = time.perf_counter() - started
+    tell["deal_s"], tell["deal_cpu_s"] = time.perf_counter() - started, time.process_time() - cpu
     tell["manifest_mb"] = path.stat().st_size / 1e6
     started = time.perf_counter()
     read_manifest(path)
@@ -197,7 +201,7 @@ def deal(work: Path, count: int) -> None:
 
 SNAKEFILE = """
 rule all:
-    input: expand("done/{i}", i=range(int(config["n"])))
+    input: expand("done/{i}", i=range(int(config["jobs"])))
 rule one:
     output: "done/{i}"
     shell: "touch {output}"
@@ -213,16 +217,14 @@ def snakemake(work: Path) -> None:
             old.unlink()
         (folder / "Snakefile").write_text(SNAKEFILE)
         row: dict[str, float] = {"jobs": jobs}
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all", "--config", f"n={jobs}"]
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all", "--config", f"jobs={jobs}"]
         for name, more in (("plan_s", ["--dry-run"]), ("run_s", [])):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             started = time.perf_counter()
             subprocess.run([*command, *more], cwd=folder, check=True, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             row[name] = time.perf_counter() - started
-            row[name.replace("_s", "_cpu_s")] = (
-                after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-            )
+            row[name.replace("_s", "_cpu_s")] = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
         rows.append(row)
         print(json.dumps(row), flush=True)
     (work / "snakemake.json").write_text(json.dumps(rows))

@@ -154,7 +154,9 @@ def predict(
     MR scan) is refused.
     A scan that fails does not stop the others, and is listed at the end. A run that was stopped goes
     on with --skip-done. Tasks of an array name their part with --shard; run once more with
-    --skip-done and no --shard, the command writes the index of them all.
+    --skip-done and no --shard, the command writes the index of them all. From some thousands of scans
+    on, `medseg archive deal` deals them and --manifest names what it wrote: a shard then goes on by a log
+    of its own, and ends with 0 once each of its scans was tried; `medseg archive report` tells the rest.
     """
     from medseg.models.package import load_package
     from medseg.models.shelf import find_package
