@@ -8,10 +8,11 @@ ARCHIVE = RESULTS + "/archive"
 
 
 def shards_of(path):
-    """How many shards: as given, else one for 500 scans."""
+    """How many shards: as given, and then the list is not read, as each job would; else one for 500 scans."""
+    if config["shards"]:
+        return config["shards"]
     with open(path, "rb") as lines:
-        scans = sum(1 for line in lines if line.strip())
-    return min(config["shards"] or -(-scans // 500), max(scans, 1))
+        return max(1, -(-sum(1 for line in lines if line.strip()) // 500))
 
 
 if config["archive"] is not None:

@@ -7,7 +7,7 @@
 ``scans`` predicts crops of a task's images (shifted and with some noise; phantoms where no TASK is given) with the
 shipped model as one shard of a manifest, and tells which share of the wall time is none of reading, the network and
 writing, and how memory grows. ``deal`` deals that many files and reads a shard. ``snakemake`` runs and plans jobs that
-do nothing, to see what one job costs. WORK is a folder for scratch files and for WORK/NAME.json, which simulate.py reads.
+do nothing, to see what one job costs. WORK is a folder for scratch files and WORK/NAME.json, which simulate.py reads.
 """
 
 from __future__ import annotations

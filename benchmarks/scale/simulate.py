@@ -201,10 +201,11 @@ def main() -> None:
     print("## One machine\n")
     table([row(n, min(n, 500), k, one, seed) for k in (crop, ct) for n in (100, 1000, 10_000)], HEAD)
     print(f"## {cluster.nodes} nodes with {cluster.slots} slots\n")
-    sizes = {100: (1, 10, 50), 1000: (1, 10, 100), 10_000: (1, 10, 100, 1000), 100_000: (10, 100, 500, 2000),
-             1_000_000: (100, 500, 2000, 10_000)}  # fmt: skip
+    sizes = {100: (1, 10), 1000: (10, 100), 10_000: (1, 100, 1000), 100_000: (100, 500, 2000),
+             1_000_000: (100, 2000, 5000, 10_000)}  # fmt: skip
     table([row(n, p, crop, cluster, seed) for n in sizes for p in sizes[n]], HEAD)
-    sizes[10_000], sizes[100_000], sizes[1_000_000] = (1, 10, 40, 200), (1, 10, 40, 200), (10, 40, 200, 1000)
+    sizes = {100: (1, 10), 1000: (1, 4, 40), 10_000: (1, 10, 40, 200), 100_000: (1, 10, 40, 200),
+             1_000_000: (10, 40, 200, 1000)}  # fmt: skip
     table([row(n, p, ct, cluster, seed) for n in sizes for p in sizes[n]], HEAD)
     print("## 100,000 CT: what goes wrong more often\n")
     for name, change in (

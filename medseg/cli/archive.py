@@ -18,7 +18,7 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.words import count
 
 if TYPE_CHECKING:
-    from medseg.io.archive import Log, Manifest
+    from medseg.io.archive import Log, Manifest, Scan
     from medseg.report.archive import Collected, Row
 
 # A full disk or a broken machine fails every scan: so many in a row end a shard.
@@ -51,6 +51,8 @@ def deal(scans: Path, output: Path, shards: int | None) -> None:
     from medseg.io.files import new_folder, write_text
 
     named = listed(scans)
+    if shards and shards > len(named):
+        raise InputError(f"{shards} shards for {count(len(named), 'scan')}", "Take no more shards than scans")
     new_folder(output, holds=MANIFEST)
     with _counting(len(named)) as tell:
         seen = look_up(named, tell)
@@ -145,8 +147,12 @@ def _rows(manifest: Manifest, found: Collected) -> Iterator[Row]:
             strangers.discard(scan.name)
             name = f"{scan.name}{SUFFIX}"
             here = files.get(scan.folder, set())
-            there = {f"{name}{ending}", f"{name}.json"} <= here
             row = told.scans.get(scan.name)
+            both = f"{name}{ending}", f"{name}.json"
+            # Network file systems list late what others wrote; one that is asked for is looked for.
+            there = here.issuperset(both) or (
+                row is not None and row["state"] == "done" and _there(manifest, scan, both)
+            )
             state, reason = _state(row, there, told.begun[scan.name], bool(told.head))
             yield Row(
                 name=scan.name,
@@ -161,6 +167,10 @@ def _rows(manifest: Manifest, found: Collected) -> Iterator[Row]:
                 volumes=_volumes(row) if row and state == "done" else {},
             )
         found.strangers += len(strangers)
+
+
+def _there(manifest: Manifest, scan: Scan, names: tuple[str, ...]) -> bool:
+    return all((manifest.results / scan.folder / name).exists() for name in names)
 
 
 def _state(row: dict[str, Any] | None, there: bool, begun: int, started: bool) -> tuple[str, str]:

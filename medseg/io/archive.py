@@ -40,8 +40,9 @@ _LONGEST = 160
 _LONGEST_HEAD = 1 << 23
 _SAFE = re.compile(r"(?![.~-])[\w.+~-]{1,200}")
 _FORMAT = 1
-# So often a scan may be begun and its process end without a word; the last time it is alone.
-ENDED = 2
+# So often a scan may be begun and its process end without a word; but for the first time it is alone then. Twice alone,
+# since schedulers kill too.
+ENDED = 3
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def test_all_missing_scans_are_told_before_anything_starts(medseg: Any, scans: P
     scans.write_text("".join(line for line in scans.read_text().splitlines(True) if "gone" not in line))
     assert medseg("archive", "deal", scans, "-o", tmp_path / "out").status == 0
     assert not (tmp_path / "out" / "missing.txt").exists()
+    medseg("archive", "deal", scans, "-o", tmp_path / "more", "-n", 7).refused("7 shards for 6 scans")
 
 
 def test_a_scan_that_is_listed_twice_is_refused(medseg: Any, scans: Path, tmp_path: Path) -> None:
@@ -354,19 +355,21 @@ def work(runs: Runs) -> Work:
     return Work(runs, about, 1, mend=False, as_json=True)
 
 
-def test_what_ends_its_process_twice_is_given_up(tmp_path: Path) -> None:
+def test_what_ends_its_process_three_times_is_given_up(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "manifest.jsonl", fake(tmp_path, 4), 1)
-    for _ in range(2):
+    orders = []
+    for _ in range(3):
         runs = Runs({"1": ZeroDivisionError()})  # a word that nobody awaits, as a killed process has none
         with pytest.raises(ZeroDivisionError):
             predict_shards(manifest.path, None, work(runs))
-    assert runs.order == [("2", 2), ("3", 2), ("1", 1)]
+        orders.append(runs.order)
+    assert orders == [[("0", 4), ("1", 4)], [("2", 2), ("3", 2), ("1", 1)], [("1", 1)]]
     runs = Runs({})
     predict_shards(manifest.path, None, work(runs))
     assert runs.order == []
     told = read_log(manifest.log(1))
     assert told.done == {"0", "2", "3"}
-    assert "its process ended 2 times" in told.scans["1"]["reason"]
+    assert "its process ended 3 times" in told.scans["1"]["reason"]
 
 
 def test_a_stop_in_good_order_is_held_against_no_scan(tmp_path: Path) -> None:

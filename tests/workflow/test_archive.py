@@ -77,10 +77,12 @@ def test_what_is_missing_is_told_before_anything_runs(scans, settings, named):
 
 
 def test_nothing_of_it_is_planned_unless_asked_for(scans):
-    given = ("--config", "archive=scans.txt", "model=m", "shards=99")
+    given = ("--config", "archive=scans.txt", "model=m", "shards=3")
     said = snakemake("--dry-run", "results/checks/Phantom_Brain.json", *given, folder=scans)
     assert "rule check" in said
     assert "archive_" not in said
     said = snakemake("--dry-run", "archive", *given, folder=scans)
-    assert "archive_shard 4" in " ".join(said.split())  # no more shards than scans
+    assert "archive_shard 3" in " ".join(said.split())
+    said = snakemake("--dry-run", "archive", *given[:-1], folder=scans)
+    assert "archive_shard 1" in " ".join(said.split())
     assert "Phantom" not in said
