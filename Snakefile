@@ -3,6 +3,7 @@
 #   snakemake --cores 8                                         the phantom tasks
 #   snakemake --cores 8 --config tasks=data/Task09_Spleen       a task of yours
 #   snakemake --cores 8 benchmark                               a fixed protocol, to be repeated by others
+#   snakemake --cores 8 archive --config archive=scans.txt model=MODEL      many scans, as shards of an array
 #
 # What runs is said in pipelines/config.yaml, where it runs in profiles/.
 
@@ -15,6 +16,7 @@ include: "pipelines/evaluate.smk"
 include: "pipelines/choose.smk"
 include: "pipelines/report.smk"
 include: "pipelines/benchmark.smk"
+include: "pipelines/archive.smk"
 
 
 rule all:

@@ -242,8 +242,9 @@ def reports():
 
 
 def print_reports():
-    # Those that there are: another target may have been asked for.
-    for path in filter(os.path.exists, reports()):
+    """Those that there are: another target may have been asked for."""
+    archive = [f"{RESULTS}/archive/report.html"] if config["archive"] else []
+    for path in filter(os.path.exists, [*reports(), *archive]):
         print(f"report: {path}", file=sys.stderr)
     for path in filter(os.path.exists, models()):
         print(f"model: {Path(path).parent}", file=sys.stderr)

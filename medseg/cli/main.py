@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from medseg import __version__
+from medseg.cli.archive import archive
 from medseg.cli.check import check
 from medseg.cli.choose import choose
 from medseg.cli.compare import compare
@@ -43,6 +44,7 @@ def cli() -> None:
     A dataset in, a model out:    fetch, check, plan, preprocess, train, predict, evaluate,
                                   compare, choose, report
     Results to be repeated:       record, verify
+    Thousands of scans:           archive
     A picture of a scan:          preview
     Models of nnU-Net and others: models
     Data with known truth:        phantom
@@ -69,6 +71,7 @@ VERBS = (
     run,
     record,
     verify,
+    archive,
     models,
     phantom,
     doctor,

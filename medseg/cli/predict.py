@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -76,6 +76,12 @@ class Read:
 @click.option("--list", "list_file", type=FOLDER, help="A text file that names more scans, one a line.")
 @click.option("--held-out", is_flag=True, help="SCANS is a task: predict the cases that the model was not trained on.")
 @click.option("--shard", metavar="I/N", help="Only part I of N of the scans, for array jobs.")
+@click.option(
+    "--manifest",
+    type=FOLDER,
+    help="Scans that `medseg archive deal` dealt: those of --shard, or of each shard that nobody else is at.",
+)
+@click.option("--mend", is_flag=True, help="With --manifest: do again what failed, and what is done but lost.")
 @click.option("--skip-done", is_flag=True, help="Leave out scans whose result this model has written before.")
 @click.option("--only", multiple=True, help="Give this structure, and no others; may be repeated.")
 @click.option(
@@ -124,6 +130,8 @@ def predict(
     list_file: Path | None,
     held_out: bool,
     shard: str | None,
+    manifest: Path | None,
+    mend: bool,
     skip_done: bool,
     memory: int | None,
     as_json: bool,
@@ -146,7 +154,9 @@ def predict(
     MR scan) is refused.
     A scan that fails does not stop the others, and is listed at the end. A run that was stopped goes
     on with --skip-done. Tasks of an array name their part with --shard; run once more with
-    --skip-done and no --shard, the command writes the index of them all.
+    --skip-done and no --shard, the command writes the index of them all. From some thousands of scans
+    on, `medseg archive deal` deals them and --manifest names what it wrote: a shard then goes on by a log
+    of its own, and ends with 0 once each of its scans was tried; `medseg archive report` tells the rest.
     """
     from medseg.models.package import load_package
     from medseg.models.shelf import find_package
@@ -154,6 +164,7 @@ def predict(
     if model is None:
         _refuse_without_model(
             {
+                "--manifest": manifest,
                 "--channel": channels,
                 "--held-out": held_out,
                 "--skip-done": skip_done,
@@ -161,7 +172,14 @@ def predict(
                 "--force": wishes["force"],
             }
         )
-    if not channels and (align or not (scans or list_file)):
+    if mend and not manifest:
+        raise InputError("--mend goes with --manifest", "Leave it out, or name the manifest")
+    if manifest and (scans or list_file or channels or held_out or series or output or skip_done or align):
+        raise InputError(
+            "--manifest says which scans, where their results go and what is done",
+            "Leave out SCANS, -o, --list, --channel, --register, --held-out, --series and --skip-done",
+        )
+    if not manifest and not channels and (align or not (scans or list_file)):
         raise InputError(
             "--register goes with --channel" if align else "no scan is named", "Name SCANS, or each --channel NAME=SCAN"
         )
@@ -180,6 +198,23 @@ def predict(
         return Predictor(package, engine, memory=memory, threads=threads, thoroughness=how, overlap=overlap)
 
     predictor = ready(load_package(find_package(model))) if model else None
+    if manifest and predictor:
+        from medseg.cli.archive import Work, predict_shards
+
+        work = Work(
+            run=lambda some, begun: _run(some, predictor, wanted, None, begun),
+            about={
+                "model": predictor.package.name,
+                "model_sha256": predictor.digest,
+                "wishes": _told(wanted),
+                "to": to,
+            },
+            cores=predictor.threads,
+            mend=mend,
+            as_json=as_json,
+        )
+        predict_shards(manifest, part, work)
+        return
     if predictor and channels:
         plan = predictor.package.plan
         jobs = [job_of_channels(channels, plan, align, output, scans or series or held_out, to)]
@@ -308,10 +343,14 @@ def _models() -> dict[str, ModelPackage | str]:
 
 
 def _run(
-    jobs: list[Job], predictor: Predictor | None, wishes: Wishes, choice: _Choice | None
-) -> Iterator[tuple[Job, dict[str, Any] | MedsegError]]:
+    jobs: list[Job],
+    predictor: Predictor | None,
+    wishes: Wishes,
+    choice: _Choice | None,
+    begun: Callable[[Job], object] = lambda _: None,
+) -> Generator[tuple[Job, dict[str, Any] | MedsegError], None, None]:
     """Each job and its record, or why there is none. The next scan is read, and the last result
-    written, while one is computed."""
+    written, while one is computed. ``begun`` is told of each job before its scan is read."""
     if predictor is None:
         yield from (
             (job, seen) for job, seen in (choice.seen if choice else {}).items() if isinstance(seen, MedsegError)
@@ -321,7 +360,8 @@ def _run(
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         unwritten: list[tuple[Job, Future[dict[str, Any]]]] = []
         try:
-            for job, reading in _ahead(reader, jobs, _reading(predictor, wishes, choice, bar=len(jobs) == 1)):
+            read = _reading(predictor, wishes, choice, begun, bar=len(jobs) == 1)
+            for job, reading in _ahead(reader, jobs, read):
                 try:
                     scan = reading.result()
                     result = _computed(job, scan, predictor, wishes, bar=len(jobs) == 1)
@@ -340,13 +380,16 @@ def _run(
             writer.shutdown(cancel_futures=True)
 
 
-def _reading(predictor: Predictor, wishes: Wishes, choice: _Choice | None, *, bar: bool) -> Callable[[Job], Read]:
+def _reading(
+    predictor: Predictor, wishes: Wishes, choice: _Choice | None, begun: Callable[[Job], object], *, bar: bool
+) -> Callable[[Job], Read]:
     """What reads a job's scan. Where the model was chosen here, those scans that were read for it are not
     read again, and the others must be for it."""
     from medseg.infer.choice import require_fit
     from medseg.io.sidecar import instances_of, require_own
 
     def read(job: Job) -> Read:
+        begun(job)
         seen = choice.seen.pop(job, None) if choice else None
         if isinstance(seen, MedsegError):
             raise seen
@@ -427,7 +470,7 @@ def _computed(job: Job, scan: Read, predictor: Predictor, wishes: Wishes, *, bar
 def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes: Wishes) -> dict[str, Any]:
     from medseg.io.files import write_json
     from medseg.io.nifti import write_labels, write_shares
-    from medseg.io.sidecar import sidecar_of
+    from medseg.io.sidecar import sidecar_of, staged_beside
 
     made = result.made
     record = _sidecar(job, made, scan, wishes)
@@ -436,7 +479,7 @@ def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes:
     if ignored is not None:  # for `medseg evaluate`, which knows no plan
         record["ignore_label"] = ignored
     side = sidecar_of(job.output)
-    staged = side.with_name(f".{side.name}.new")
+    staged = staged_beside(side)
     try:
         if made.probability is not None:
             file = _beside(job, "uncertainty")

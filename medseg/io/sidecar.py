@@ -15,6 +15,7 @@ from medseg.core.volume import LabelMap
 from medseg.core.words import count
 from medseg.io.files import read_json, write_json
 from medseg.io.nifti import SUFFIXES, is_nifti, read_labels, read_raw_labels, stem
+from medseg.io.sources import climbs_out
 
 SUFFIX = "_seg"
 # Of the map of the things that were counted, in place of the other.
@@ -99,10 +100,17 @@ def require_own(path: Path, *more: Path) -> None:
     side = sidecar_of(path)
     if side.exists():
         stranger = None if "model_sha256" in read_sidecar(path) else side
+    elif staged_beside(side).exists():
+        stranger = None  # killed between writing a label map and telling of it
     else:
         stranger = next((p for p in (path, *more) if p.exists()), None)
     if stranger:
         raise InputError(f"{stranger} is there already and was not made by medseg", "Move it, or name another with -o")
+
+
+def staged_beside(side: Path) -> Path:
+    """Where a sidecar waits until what it tells of is written."""
+    return side.with_name(f".{side.name}.new")
 
 
 def write_index(path: Path, model: str, cases: dict[str, str], failed: dict[str, str]) -> None:
@@ -124,7 +132,7 @@ def read_index(folder: Path) -> dict[str, Path]:
         case, why = next(iter(failed.items()))
         were = f"{count(len(failed), 'case')} of {folder} {'was' if len(failed) == 1 else 'were'}"
         raise InputError(f"{were} not predicted ({case}: {why})", "Mend what is wrong and predict again")
-    return {case: folder / Path(name).name for case, name in index["cases"].items()}
+    return {case: folder / _below(name) for case, name in index["cases"].items()}
 
 
 def read_prediction(path: Path, labels: LabelSet, case: str) -> LabelMap:
@@ -166,6 +174,11 @@ def read_instances(path: Path, labels: LabelSet, case: str) -> InstanceMap:
     if strange := sorted(set(np.unique(values).tolist()) - {0} - set(label_of)):
         raise InputError(f"{file.name} has the number {strange[0]}, which its sidecar does not list", anew, case=case)
     return described(values, grid, label_of, score_of)
+
+
+def _below(name: str) -> Path:
+    """A path of an index as one that stays in its folder."""
+    return Path(Path(name).name) if climbs_out(name) else Path(name)
 
 
 def _names(cases: Any) -> bool:

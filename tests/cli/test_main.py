@@ -17,6 +17,7 @@ VERBS = sorted(cli.commands)
 
 def test_the_verbs() -> None:
     assert VERBS == [
+        "archive",
         "check",
         "choose",
         "compare",

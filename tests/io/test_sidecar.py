@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from medseg.core.errors import InputError
-from medseg.io.sidecar import INDEX, read_index, sidecar_of, write_index
+from medseg.io.sidecar import INDEX, read_index, require_own, sidecar_of, staged_beside, write_index
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,15 @@ def test_cases_that_failed_are_not_passed_over(tmp_path: Path) -> None:
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../../a_seg.nii.gz", "inner/a_seg.nii.gz"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../a_seg.nii.gz", "inner/../../a_seg.nii.gz"])
 def test_an_index_cannot_point_out_of_its_folder(tmp_path: Path, path: str) -> None:
     write_index(tmp_path / INDEX, "model", {"a": path}, {})
     assert read_index(tmp_path)["a"].parent == tmp_path
+
+
+def test_an_index_of_many_points_to_folders_below(tmp_path: Path) -> None:
+    write_index(tmp_path / INDEX, "model", {"a": "results/00001-00/a_seg.nii.gz"}, {})
+    assert read_index(tmp_path)["a"] == tmp_path / "results" / "00001-00" / "a_seg.nii.gz"
 
 
 @pytest.mark.parametrize(
@@ -64,3 +69,12 @@ def test_an_index_of_another_format_is_refused(tmp_path: Path, index: Any) -> No
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(InputError, match="another format"):
         read_index(tmp_path)
+
+
+def test_a_label_map_of_a_run_that_was_killed_before_its_sidecar_is_ones_own(tmp_path: Path) -> None:
+    labels = tmp_path / "a_seg.nii.gz"
+    labels.write_bytes(b"labels")
+    with pytest.raises(InputError, match="was not made by medseg"):
+        require_own(labels)
+    staged_beside(sidecar_of(labels)).write_text("{}")
+    require_own(labels)
