@@ -189,12 +189,13 @@ def predict(
         jobs = jobs_of(scans, output, to, series=series)
     if part:
         jobs = part.of(jobs)
+    index = _Index(output if output and output.is_dir() else None, part)
+    click.get_current_context().with_resource(index.alone())
     left = [job for job in jobs if not (predictor and skip_done and _is_done(job, predictor.digest, wanted))]
     choice = None
     if predictor is None:
         choice = _choose(left, wanted)
         predictor = ready(choice.package) if choice.package else None
-    index = _Index(output if output and output.is_dir() else None, part)
     index.forget()
     results: list[dict[str, Any]] = []
     failed: list[tuple[Job, MedsegError]] = []
@@ -206,6 +207,7 @@ def predict(
                 click.echo(f"medseg: {named}{outcome}", err=True)
             else:
                 results.append(outcome)
+    failed += _gone(jobs, failed)
     faults = {job.name: str(error) for job, error in failed}
     name = predictor.package.name if predictor else ""
     index.write(name, {j.name: j.output.name for j in jobs if j.name not in faults}, faults)
@@ -226,6 +228,15 @@ def predict(
         raise SystemExit(max(error.exit_status for _, error in failed))
 
 
+def _gone(jobs: list[Job], failed: list[tuple[Job, MedsegError]]) -> list[tuple[Job, MedsegError]]:
+    """The jobs whose results are not there any more, told."""
+    known = {job for job, _ in failed}
+    gone = [job for job in jobs if job not in known and not job.output.exists()]
+    for job in gone:
+        click.echo(f"medseg: {job.output} is not there any more: its folder was moved or emptied meanwhile", err=True)
+    return [(job, MedsegError(f"{job.output.name} was moved or deleted meanwhile. Predict it again.")) for job in gone]
+
+
 @dataclass(frozen=True)
 class _Index:
     """The list of results in an output folder, of a shard's or of all of them. It is taken away when a
@@ -234,6 +245,18 @@ class _Index:
 
     folder: Path | None
     shard: Shard | None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else writes this list meanwhile: who is at it is waited for."""
+        from medseg.io.files import alone
+
+        if self.folder is None:
+            yield
+            return
+        path = self._path(self.folder)
+        with alone(path.with_name(f".{path.name}"), "predict", lambda told: click.echo(told, err=True)):
+            yield
 
     def forget(self) -> None:
         if self.folder:
@@ -425,7 +448,7 @@ def _computed(job: Job, scan: Read, predictor: Predictor, wishes: Wishes, *, bar
 
 
 def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes: Wishes) -> dict[str, Any]:
-    from medseg.io.files import write_json
+    from medseg.io.files import atomic, json_text
     from medseg.io.nifti import write_labels, write_shares
     from medseg.io.sidecar import sidecar_of
 
@@ -435,33 +458,29 @@ def _written(job: Job, scan: Read, result: Result, predictor: Predictor, wishes:
     ignored = predictor.package.plan.training.ignore_label
     if ignored is not None:  # for `medseg evaluate`, which knows no plan
         record["ignore_label"] = ignored
-    side = sidecar_of(job.output)
-    staged = side.with_name(f".{side.name}.new")
-    try:
-        if made.probability is not None:
-            file = _beside(job, "uncertainty")
-            write_shares(file, 1 - made.probability, made.label_map.grid)
-            record["uncertainty"] = file.name
-        if result.probabilities:
-            record["probabilities"] = result.probabilities.name
-        if wishes.split:
-            record["masks"] = _split(job, made.label_map)
-        if wishes.report:
-            record["report"] = _page_of(job).name
-            _draw(_page_of(job), scan, made, record)
-        if made.instances is not None:
-            record |= _counted(job, made.instances, made.label_map.labels)
-        # Where the disk is full neither takes the place of an earlier one.
-        write_json(staged, record)
+    if made.probability is not None:
+        file = _beside(job, "uncertainty")
+        write_shares(file, 1 - made.probability, made.label_map.grid)
+        record["uncertainty"] = file.name
+    if result.probabilities:
+        record["probabilities"] = result.probabilities.name
+    if wishes.split:
+        record["masks"] = _split(job, made.label_map)
+    if wishes.report:
+        record["report"] = _page_of(job).name
+        _draw(_page_of(job), scan, made, record)
+    if made.instances is not None:
+        record |= _counted(job, made.instances, made.label_map.labels)
+    # Where the disk is full neither takes the place of an earlier one.
+    with atomic(sidecar_of(job.output)) as side:
+        side.write(json_text(record).encode())
+        side.flush()
         if scan.reference is None:
             write_labels(job.output, made.label_map)
         else:
             from medseg.io.dicom_seg import Algorithm  # 0.3 s that NIfTI does without
 
             write_dicom(job.output, made.label_map, scan.reference, Algorithm.of_model(made.model), job.to)
-        staged.replace(side)
-    finally:
-        staged.unlink(missing_ok=True)
     return record
 
 
