@@ -54,6 +54,7 @@ def choose(
     folder = RunFolder(run)
     task, plan = folder.task(), folder.plan()
     place = new_folder(output or folder.model, holds=INDEX)
+    click.get_current_context().with_resource(folder.alone("choose"))
     folds = folder.folds(task)
     trained = _trained(folder, task, plan, configurations, partial)
     paths = {

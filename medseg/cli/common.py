@@ -204,10 +204,15 @@ class RunFolder:
 
     def alone(self, *work: str) -> contextlib.AbstractContextManager[None]:
         """Nobody else does this ``work`` (train, 3d, fold0) of the run meanwhile: who is at it is waited for. What it
-        leaves is then found done, as by one whose workflow was killed and started again."""
-        from medseg.io.files import alone
+        leaves is then found done, as by one whose workflow was killed and started again. Raises InputError where
+        nothing was planned here, before anything is written."""
+        from medseg.io.files import alone, read_json
 
-        lock = self.path.joinpath("checkpoints", *work[1:], f"{work[0]}.lock")
+        if work == ("plan",):
+            lock = self.path / f".{self.index.name}"  # with which `new_folder` has marked it
+        else:
+            read_json(self.index, self._remedy)
+            lock = self.path.joinpath("checkpoints", *work[1:], f"{work[0]}.lock")
         return alone(lock, " ".join(work), lambda told: click.echo(told, err=True))
 
     def package(self, configuration: str, fold: int) -> ModelPackage | None:
@@ -216,6 +221,10 @@ class RunFolder:
 
         folder = self.fold(configuration, fold) / "model"
         return load_package(folder) if (folder / INDEX).exists() else None
+
+    @property
+    def _remedy(self) -> str:
+        return f"Run `medseg plan TASK -o {self.path}` first"
 
     @property
     def model(self) -> Path:
@@ -227,7 +236,7 @@ class RunFolder:
         from medseg.dataset.task import load_task
         from medseg.io.files import read_json
 
-        index = read_json(self.index, f"Run `medseg plan TASK -o {self.path}` first")
+        index = read_json(self.index, self._remedy)
         if not isinstance(index, dict) or index.get("format") != 1 or not isinstance(index.get("task"), str):
             raise InputError(f"{self.index} has another format", "Plan anew")
         folder = Path(index["task"])

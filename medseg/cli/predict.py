@@ -224,12 +224,13 @@ def predict(
         jobs = jobs_of(scans, output, to, series=series)
     if part:
         jobs = part.of(jobs)
+    index = _Index(output if output and output.is_dir() else None, part)
+    click.get_current_context().with_resource(index.alone())
     left = [job for job in jobs if not (predictor and skip_done and _is_done(job, predictor.digest, wanted))]
     choice = None
     if predictor is None:
         choice = _choose(left, wanted)
         predictor = ready(choice.package) if choice.package else None
-    index = _Index(output if output and output.is_dir() else None, part)
     index.forget()
     results: list[dict[str, Any]] = []
     failed: list[tuple[Job, MedsegError]] = []
@@ -241,6 +242,7 @@ def predict(
                 click.echo(f"medseg: {named}{outcome}", err=True)
             else:
                 results.append(outcome)
+    failed += _gone(jobs, failed)
     faults = {job.name: str(error) for job, error in failed}
     name = predictor.package.name if predictor else ""
     index.write(name, {j.name: j.output.name for j in jobs if j.name not in faults}, faults)
@@ -261,6 +263,15 @@ def predict(
         raise SystemExit(max(error.exit_status for _, error in failed))
 
 
+def _gone(jobs: list[Job], failed: list[tuple[Job, MedsegError]]) -> list[tuple[Job, MedsegError]]:
+    """The jobs whose results are not there any more, told."""
+    known = {job for job, _ in failed}
+    gone = [job for job in jobs if job not in known and not job.output.exists()]
+    for job in gone:
+        click.echo(f"medseg: {job.output} is not there any more: its folder was moved or emptied meanwhile", err=True)
+    return [(job, MedsegError(f"{job.output.name} was moved or deleted meanwhile. Predict it again.")) for job in gone]
+
+
 @dataclass(frozen=True)
 class _Index:
     """The list of results in an output folder, of a shard's or of all of them. It is taken away when a
@@ -269,6 +280,18 @@ class _Index:
 
     folder: Path | None
     shard: Shard | None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else writes this list meanwhile: who is at it is waited for."""
+        from medseg.io.files import alone
+
+        if self.folder is None:
+            yield
+            return
+        path = self._path(self.folder)
+        with alone(path.with_name(f".{path.name}"), "predict", lambda told: click.echo(told, err=True)):
+            yield
 
     def forget(self) -> None:
         if self.folder:

@@ -19,22 +19,30 @@ from typing import Any, BinaryIO
 from medseg.core.errors import InputError, MedsegError
 from medseg.core.words import size
 
+# Where Linux shows a process the files that it has open.
+_OPEN_FILES = "/proc/self/fd"
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name whole or not at all.
 
-    Written beside its place and renamed when the block ends; removed when the block raises.
+    It has no name until the block ends, so that a process that is killed leaves nothing behind; where the file
+    system has no such files, as NFS, it stands beside its place until then. Gone when the block raises.
     Raises MedsegError where the disk is full or the folder cannot be written.
     """
     # Not tempfile: its files are private, and open() gives them the mode that the umask asks for.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        nameless = _nameless(path.parent)
+        with nameless or temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if nameless:
+                # With a folder to start from, though none is needed, since os.link follows no link without.
+                os.link(f"{_OPEN_FILES}/{file.fileno()}", temporary, src_dir_fd=file.fileno(), follow_symlinks=True)
         temporary.replace(path)
     except OSError as error:
         raise MedsegError(
@@ -44,6 +52,17 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # gone after the rename; and nothing may hide the first error
             temporary.unlink()
+
+
+def _nameless(folder: Path) -> BinaryIO | None:
+    """A new file in a folder that is gone with its process unless it is given a name; None where there are none such,
+    or none can be made, of which whoever makes one with a name is told why."""
+    if not Path(_OPEN_FILES).is_dir():
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb")
+    except OSError:
+        return None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -59,10 +78,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, readable, refusing NaN (which JSON has no word for)."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as `write_json` writes it."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     # Lists of numbers on one line. No JSON string holds a raw line break, so none is touched.
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
-    write_text(path, text + "\n")
+    return text + "\n"
 
 
 def read_json(path: Path, remedy: str = "Write it anew") -> Any:
@@ -96,6 +120,8 @@ def alone(lock: Path, work: str, waiting: Callable[[str], object] | None = None)
 
     Where another holds it, ``waiting`` is told who that is, and it is waited for; without, MedsegError. ``work``
     says in a few words what is being done. Where the file system has no locks at all, nothing is waited for.
+    Raises MedsegError at the end, too, where the lock is gone by then: its folder was moved, and one that was
+    written since would be another of the same name.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -111,14 +137,23 @@ def alone(lock: Path, work: str, waiting: Callable[[str], object] | None = None)
             waiting(f"{other}: {lock.parent}; waiting for its end")
             while not _took(file.fileno()):
                 time.sleep(_LOOK)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        _sign(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n")
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                file.truncate(0)
+            _sign(file.fileno(), "")
+        if not lock.exists():
+            raise MedsegError(
+                f"{lock.parent} was moved or deleted during {work}; what was written since may lie in a new folder of "
+                "that name. Put the old one back in its place and run the command again."
+            )
+
+
+def _sign(file: int, text: str) -> None:
+    """Say in a lock who has it; on a full disk nobody is told, but the lock holds."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(file, 0)
+        os.pwrite(file, text.encode(), 0)
 
 
 def _took(file: int) -> bool:

@@ -202,12 +202,12 @@ class ShareFile:
     def __enter__(self) -> ShareFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._scratch.open("xb") as file:
+            with self._scratch.open("xb+") as file:
+                self._scratch.unlink()  # it is gone with this process, however that ends
                 # A page that the disk has no room for would end the process later.
                 os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(self._shape)))
-            self._values = np.memmap(self._scratch, np.uint16, "r+", shape=self._shape).transpose(0, 3, 2, 1)
+                self._values = np.memmap(file, np.uint16, "r+", shape=self._shape).transpose(0, 3, 2, 1)
         except OSError as error:
-            self._scratch.unlink(missing_ok=True)
             raise MedsegError(
                 f"cannot write {self._path}: {error.strerror or error}. Free some space, or keep fewer structures."
             ) from error
@@ -224,7 +224,6 @@ class ShareFile:
                 _write(self._path, self._values, self._grid, 1 / _STEPS)
         finally:
             del self._values
-            self._scratch.unlink(missing_ok=True)
 
 
 def _write(path: Path, values: NDArray[Any], grid: Grid, slope: float = 1.0) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from medseg.core.errors import InputError
+from medseg.core.errors import InputError, MedsegError
 from medseg.io.files import atomic, read_json, write_json
 
 INDEX = "store.json"
@@ -131,7 +131,13 @@ class CaseStore:
             file.write(packed.getvalue())
 
     def finish(self, cases: tuple[str, ...], plan: str, configuration: str, models: Sequence[str] = ()) -> None:
-        """Write the index, last: a store without one is not whole. ``models`` are digests, fold by fold."""
+        """Write the index, last: a store without one is not whole. ``models`` are digests, fold by fold.
+        Raises MedsegError where a case is not there any more."""
+        if gone := [case for case in cases if not (self.folder / f"{case}.places.npz").exists()]:
+            raise MedsegError(
+                f"{len(gone)} of {len(cases)} cases, like {gone[0]}, are not in {self.folder} any more: it was moved "
+                "or emptied meanwhile. Put it back and run the command again."
+            )
         index = {"format": 2, "plan": plan, "configuration": configuration, "cases": list(cases)}
         write_json(self.folder / INDEX, index | ({"models": list(models)} if models else {}))
 

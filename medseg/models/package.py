@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -16,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from medseg.core.errors import InputError
 from medseg.core.provenance import digest
-from medseg.io.files import new_folder, read_json, write_bytes, write_json, write_text
+from medseg.io.files import atomic, new_folder, read_json, work_folder, write_bytes, write_json, write_text
 from medseg.models.build import build
 from medseg.models.calibration import Calibration
 from medseg.models.card import card
@@ -200,12 +199,12 @@ def save_package(folder: Path, package: ModelPackage, *, outdated: Sequence[Path
     ``outdated`` files, which speak of the older one, go before any moves, and the index moves last.
     """
     new_folder(folder, holds=INDEX)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        aside = Path(temporary)
+    with work_folder(folder.with_name(f".{folder.name}.new")) as aside:
         members = tuple(f"member{i}.safetensors" for i in range(len(package.members)))
         for member, weights in zip(members, package.members, strict=True):
             if isinstance(weights, StoredWeights):
-                shutil.copyfile(weights.path, aside / member)
+                with weights.path.open("rb") as source, atomic(aside / member) as copy:
+                    shutil.copyfileobj(source, copy)
             else:
                 write_bytes(aside / member, _pack(weights))
         graphs, reason = _write_graphs(aside, members, package)

@@ -192,7 +192,7 @@ def test_what_one_fold_is_told_all_are_told(
     """And a fold that began otherwise is trained anew."""
     run, _ = chosen
     called: list[tuple[str, ...]] = []
-    monkeypatch.setattr("medseg.cli.folds._run", lambda *words: called.append(words))
+    monkeypatch.setattr("medseg.cli.folds.run_verb", lambda *words: called.append(words))
     assert medseg("train", run, "--all-folds", "--threads", 1, "--seed", 3).status == 0
     assert [words[0] for words in called] == ["choose"]
     called.clear()

@@ -165,7 +165,7 @@ def test_other_scans_under_test_have_all_folds_trained_anew(
     every = ("train", run, "--all-folds", "--threads", 1, "--device", "cpu")
     assert medseg(*every).status == 0
     called: list[str] = []
-    monkeypatch.setattr("medseg.cli.folds._run", lambda *words: called.append(words[0]))
+    monkeypatch.setattr("medseg.cli.folds.run_verb", lambda *words: called.append(words[0]))
     assert medseg(*every).status == 0
     assert called == ["choose"]
     called.clear()

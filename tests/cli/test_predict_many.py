@@ -22,6 +22,7 @@ from medseg.cli.common import Memory
 from medseg.cli.jobs import Job, Shard
 from medseg.core.errors import InputError
 from medseg.core.labels import LabelSet
+from medseg.io.files import alone
 from medseg.io.nifti import read_labels, read_volume
 
 LABELS = LabelSet.from_names(["left blob", "right blob"])
@@ -96,6 +97,46 @@ def test_what_is_done_is_skipped_unless_it_was_asked_for_otherwise(made: Any, me
     other = medseg(*command, "--only", "left blob")
     assert "done before" not in other.out
     assert not (read_labels(scans / "a_seg.nii.gz", LABELS).values == 2).any()
+
+
+def test_two_at_once_in_one_folder_take_turns(made: Any, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "medseg", "predict", scans, "-m", made.model, "-o", out, "--skip-done", *QUICK]
+    command = [str(word) for word in command]
+    out.mkdir()
+    with alone(out / ".predictions.json", "predict"):
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
+        assert "; waiting for its end" in str(both[0].stdout and both[0].stdout.readline())
+        assert "; waiting for its end" in str(both[1].stdout and both[1].stdout.readline())
+        assert names(out) == []
+    said = [one.communicate(timeout=60)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    # The second finds what the first has done.
+    assert sum("5 of 5 scans were done before" in text for text in said) == 1
+    assert sorted(json.loads((out / "predictions.json").read_text())["cases"]) == list("abcde")
+
+
+def test_a_result_that_was_taken_away_meanwhile_is_not_listed_as_done(
+    made: Any, medseg: Any, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medseg.cli import predict
+
+    out, outcome = tmp_path / "out", predict._outcome
+
+    def taken(job: Any, writing: Any) -> Any:
+        found = outcome(job, writing)
+        if job.name == "b":
+            job.output.unlink()
+        return found
+
+    monkeypatch.setattr(predict, "_outcome", taken)
+    done = medseg("predict", scans, "-m", made.model, "-o", out, *QUICK)
+    assert done.status == 1
+    assert "b_seg.nii.gz is not there any more" in done.err
+    assert "1 of 5 scans failed: b.nii.gz" in done.err
+    index = json.loads((out / "predictions.json").read_text())
+    assert sorted(index["cases"]) == list("acde")
+    assert "b" in index["failed"]
 
 
 def test_a_list_of_scans(made: Any, medseg: Any, scans: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_what_is_done_is_not_done_again_unless_the_first_stage_changed(
     medseg: Any, mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[tuple[str, ...]] = []
-    monkeypatch.setattr("medseg.cli.folds._run", lambda *words: called.append(words))
+    monkeypatch.setattr("medseg.cli.folds.run_verb", lambda *words: called.append(words))
     assert medseg("train", mine, "--all-folds", *QUICK).status == 0
     assert [words[0] for words in called] == ["choose"]
     monkeypatch.undo()
@@ -180,7 +180,7 @@ def test_a_first_stage_that_is_not_named_is_made_but_not_chosen_among(
 ) -> None:
     shutil.rmtree(mine / "3d-low" / "fold1")
     called: list[tuple[str, ...]] = []
-    monkeypatch.setattr("medseg.cli.folds._run", lambda *words: called.append(words))
+    monkeypatch.setattr("medseg.cli.folds.run_verb", lambda *words: called.append(words))
     # Nothing is trained here, and so the fold goes on lacking its model.
     said = medseg("train", mine, "--all-folds", "-c", "3d-cascade", *QUICK)
     said.refused("3d-low fold 1 has no model")

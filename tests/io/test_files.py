@@ -12,7 +12,18 @@ from types import SimpleNamespace
 import pytest
 
 from medseg.core.errors import InputError, MedsegError
-from medseg.io.files import atomic, check_room, new_folder, read_json, work_folder, write_bytes, write_json, write_text
+from medseg.io import files
+from medseg.io.files import (
+    alone,
+    atomic,
+    check_room,
+    new_folder,
+    read_json,
+    work_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -51,6 +62,56 @@ def test_nothing_is_left_behind_by_a_block_that_fails(tmp_path: Path, error: typ
         write()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_process_that_is_killed_leaves_nothing_and_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    code = (
+        "import os, sys; from pathlib import Path; from medseg.io.files import atomic\n"
+        "with atomic(Path(sys.argv[1])) as file: file.write(b'new'); file.flush(); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_where_a_file_needs_a_name_it_has_one_until_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_OPEN_FILES", str(tmp_path / "none"))
+    with atomic(tmp_path / "a.txt") as file:
+        file.write(b"new")
+        assert [name.split(".")[-1] for name in names(tmp_path)] == ["part"]
+    assert (tmp_path / "a.txt").read_bytes() == b"new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_work_in_a_folder_that_was_moved_meanwhile_does_not_end_as_if_it_were_done(tmp_path: Path) -> None:
+    def moved() -> None:
+        with alone(tmp_path / "run" / "lock", "train"):
+            (tmp_path / "run").rename(tmp_path / "away")
+            write_text(tmp_path / "run" / "result", "made anew")
+
+    with pytest.raises(MedsegError, match=r"run was moved or deleted during train;.* Put the old one back"):
+        moved()
+
+
+def test_a_second_one_is_refused_or_waits_and_is_told_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_LOOK", 0.01)
+    lock, told = tmp_path / "lock", []
+    first = alone(lock, "train")
+    first.__enter__()
+    with pytest.raises(MedsegError, match=rf"train is done there already \(process {os.getpid()} on "):
+        alone(lock, "train").__enter__()
+
+    def waiting(text: str) -> None:
+        told.append(text)
+        first.__exit__(None, None, None)
+
+    with alone(lock, "train", waiting):
+        assert [text.split("; ")[-1] for text in told] == ["waiting for its end"]
+    assert lock.read_text() == ""
 
 
 def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
