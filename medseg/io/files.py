@@ -78,15 +78,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, readable, refusing NaN (which JSON has no word for)."""
-    write_text(path, json_text(value))
-
-
-def json_text(value: Any) -> str:
-    """JSON as `write_json` writes it."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     # Lists of numbers on one line. No JSON string holds a raw line break, so none is touched.
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
-    return text + "\n"
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path, remedy: str = "Write it anew") -> Any:

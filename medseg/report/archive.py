@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg.core.words import count, duration
+from medseg.core.words import count, duration, size
 from medseg.report.page import environment, resource
 
 STATES = ("done", "failed", "not done", "lost")
@@ -184,7 +184,7 @@ def archive_report(title: str, told: Mapping[str, Any]) -> str:
     facts = {
         "model": ", ".join(f"{one['name']} {one['sha256'][:16]}" for one in told["models"]) or "–",
         "shards begun": f"{told['shards']['begun']} of {told['shards']['all']}",
-        "scans, in all": f"{told['bytes'] / 1e9:.3g} GB",
+        "scans, in all": size(told["bytes"]),
         "core hours": f"{cost['core_hours']:.3g}",
         "core seconds of a scan, all included": f"{cost['core_seconds_of_a_scan']:g}",
     }
