@@ -359,7 +359,8 @@ def _is_saved(package: ModelPackage, folder: Path) -> bool:
         saved = load_package(folder)
     except MedsegError:
         return False
-    return saved.plan.digest() == package.plan.digest() and saved.digest() == package.digest()
+    same = [(one.digest(), one.plan.digest(), one.trained_on, one.held_out) for one in (saved, package)]
+    return same[0] == same[1]
 
 
 def _unlabelled(

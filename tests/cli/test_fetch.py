@@ -278,8 +278,9 @@ def test_it_goes_on_after_it_was_stopped(
     cut = len(tar) // 2
     server.then = [partial(server.serve, cut=cut, stall=True)]
     program = (
-        "import sys; from dataclasses import replace; from medseg.cli.main import main\n"
+        "import signal, sys; from dataclasses import replace; from medseg.cli.main import main\n"
         "from medseg.dataset import decathlon\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by what a shell's background starts
         "known = replace(decathlon.catalogue(), bases=(sys.argv.pop(1),))\n"
         "decathlon.catalogue = lambda: known\n"
         "main()\n"

@@ -170,7 +170,7 @@ def test_batches_do_not_mix() -> None:
 
 def test_features_and_strides_are_the_plans() -> None:
     configuration = CONFIGURATIONS["thick slices"]
-    convolutions = [m for m in made(configuration).modules() if type(m) is nn.Conv3d]
+    convolutions = [m for m in made(configuration).modules() if isinstance(m, nn.Conv3d)]
     strided = [m.stride for m in convolutions if m.stride != (1, 1, 1)]
     assert strided == [(2, 2, 1), (2, 2, 1), (2, 2, 2)]
     widths = {m.out_channels for m in convolutions if m.kernel_size != (1, 1, 1)}

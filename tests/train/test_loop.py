@@ -323,6 +323,7 @@ def test_sgd_learns_and_is_taken_up_again_too(small_plan: Any, task: Task, tmp_p
     assert same(whole, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own use of it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_compiled_it_trains_the_same(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ def scans(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_archive_goes_through_although_a_scan_is_broken(scans):
     given = ("archive", "--config", "archive=scans.txt", "model=hippocampus", "shards=2", "archive_options=--quick")
     said = snakemake(*given, folder=scans)

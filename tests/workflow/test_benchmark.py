@@ -45,6 +45,7 @@ def configured(tmp_path_factory, tiny_task):
     return folder
 
 
+@pytest.mark.slow
 def test_a_protocol_is_run_recorded_verified_and_reported(configured):
     snakemake("benchmark", folder=configured)
     results = json.loads((configured / "results" / "results.json").read_text())

@@ -74,6 +74,7 @@ def test_an_edited_plan_is_trained_anew_and_the_rest_is_kept(configured):
     assert "plan" not in counts
 
 
+@pytest.mark.slow
 def test_planning_anew_loses_no_edited_plan_and_no_edited_folds(configured):
     given = ("--config", "results=replanned")
     target = ("replanned/Task98_Tiny/plan.json", "--configfile", "config.json")
