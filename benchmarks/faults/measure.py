@@ -39,7 +39,7 @@ STAGES = ("plan", "preprocess", "train", "predict", "evaluate", "choose", "repor
 TASK = "Task98_Tiny"
 FOLD = "run/3d/fold0"
 # A command that takes longer than this is taken to hang.
-_LONGEST = 300
+_LONGEST = 120
 # Nobody says anything then.
 _KILLED = (-signal.SIGKILL,)
 
