@@ -37,7 +37,7 @@ if config["archive"] is not None:
         threads: threads_for(1)
         resources:
             mem_mb=megabytes(4000),
-            runtime=240,
+            runtime=lambda wildcards, attempt: 60 * attempt,
         shell:
             "{MEDSEG} archive deal {input:q} -o {params.folder:q} -n {N_SHARDS} > {log} 2>&1"
 
@@ -58,7 +58,7 @@ if config["archive"] is not None:
         resources:
             gpu=1 if HAS_GPU else 0,
             mem_mb=megabytes(8000),
-            runtime=lambda wildcards, attempt: 240 * attempt,
+            runtime=lambda wildcards, attempt: 120 * attempt,
         shell:
             "{MEDSEG} predict --manifest {input:q} --shard {params.number}/{N_SHARDS} -m {params.model:q} "
             "--engine {ENGINE} --memory {resources.mem_mb}MB --threads {THREADS} {params.options} > {log} 2>&1"
