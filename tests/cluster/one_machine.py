@@ -26,7 +26,7 @@ _MARK = "# written by medseg's tests\n"
 # More cores than there are, so that several small jobs run at once; a character device stands for a GPU. Memory is
 # looked at each second, and a job that takes more than it asked for is ended.
 _CONF = """{mark}ClusterName=medseg
-SlurmctldHost={host}
+SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
 MpiDefault=none
