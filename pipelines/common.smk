@@ -88,10 +88,6 @@ MEDSEG = f"{sys.executable} -m medseg"
 # Environment modules that each job loads first; a name that the cluster does not have ends it, with its reason.
 if listed(config["modules"]):
     shell.prefix(f"module load {' '.join(map(shlex.quote, listed(config['modules'])))} && ")
-# Jobs of a cluster run elsewhere: what this machine is says nothing of them.
-for key, remedy_here in {"device": "device=cpu or device=cuda", "memory_mb": "memory_mb=16000, or what a node has"}.items():
-    if workflow.non_local_exec and config[key] in ("auto", None):
-        raise WorkflowError(f"medseg: jobs run on other machines, and {key} is taken from this one. Say {remedy_here}.")
 HAS_GPU = config["device"] == "cuda" or (config["device"] == "auto" and Path("/dev/nvidia0").exists())
 
 
@@ -222,7 +218,14 @@ def asked_of(job):
 
 def preflight():
     """Stop before anything starts, where something will keep it from ending."""
-    jobs = {json.dumps(asked_of(job)) for job in workflow.dag.needrun_jobs() if not job.is_group()}
+    # Only now is it known where jobs run.
+    for key, words in {"device": "device=cpu or device=cuda", "memory_mb": "memory_mb=16000, or what a node has"}.items():
+        if workflow.non_local_exec and config[key] in ("auto", None):
+            raise WorkflowError(
+                f"medseg: jobs run on other machines, and {key} is taken from this one. Say {words}, in the profile's "
+                "medseg.yaml or by --config. Nothing was started."
+            )
+    jobs = {json.dumps(asked_of(job)) for job in workflow.dag.needrun_jobs() if not (job.is_group() or job.is_local)}
     made = Path(RESULTS).resolve()
     wanted = {
         "results": RESULTS,

@@ -22,6 +22,7 @@ rule train:
         gpu=1 if HAS_GPU else 0,
         mem_mb=training_mb,
         runtime=training_minutes,
+    # Added to the log: where Snakemake was killed, the job before this one may still be writing to it.
     shell:
         "{MEDSEG} train {params.run:q} -c {wildcards.configuration} --fold {wildcards.fold} "
-        "--seed {params.seed} --device {params.device} --threads {THREADS} --memory {resources.mem_mb}MB > {log} 2>&1"
+        "--seed {params.seed} --device {params.device} --threads {THREADS} --memory {resources.mem_mb}MB >> {log} 2>&1"

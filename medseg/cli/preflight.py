@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from medseg.core.errors import MedsegError
+from medseg.core.words import count
 
 if TYPE_CHECKING:
     from medseg.io.cluster import Wanted
@@ -89,4 +90,5 @@ def _cluster(asked: Wanted) -> Iterator[str]:
     yield from (
         f"{text}; mount it there, or keep jobs off that node (slurm_extra='--exclude=NODE')" for text in missing
     )
-    click.echo(f"{answered} nodes see the folders" + (f"; {busy} were too busy to be asked" if busy else ""), err=True)
+    asked_too = f"; {count(busy, 'node')} too busy to be asked" if busy else ""
+    click.echo(f"the folders are seen by {count(answered, 'node')}{asked_too}", err=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medseg.core.errors import InputError, MedsegError
+from medseg.core.words import count
 
 _PATIENCE = 30  # seconds for one of SLURM's programs
 _AT_ONCE = 16
@@ -131,16 +132,14 @@ def _of_job(job: Job, known: dict[str, Partition], names: str) -> Iterator[str]:
     default = next((one for one in known.values() if one.default), None)
     partition = known.get(job.partition) if job.partition else default
     if partition is None:
-        said = "names no partition" if job.partition.startswith("CHANGE") or not job.partition else "names another one"
-        yield (
-            f"{job.rule}: the cluster has no partition {job.partition!r} (the profile {said}); "
-            f"write one of these into the profile: {names}"
-        )
+        unnamed = not job.partition or job.partition.startswith("CHANGE")
+        what = "the profile names no partition" if unnamed else f"the cluster has no partition {job.partition!r}"
+        yield f"{what} (slurm_partition): write one of these into it: {names}"
         return
     if job.minutes and partition.minutes is not None and job.minutes > partition.minutes:
         yield (
             f"{job.rule} asks for {job.minutes} minutes, and {partition.name} lets a job run {partition.minutes}; "
-            "plan with a smaller budget, or name another partition"
+            f"lower the budget, say --set-resources {job.rule}:runtime=MINUTES, or name another partition"
         )
     up = [kind for kind in partition.kinds if kind.up]
     if not up:
@@ -152,11 +151,12 @@ def _of_job(job: Job, known: dict[str, Partition], names: str) -> Iterator[str]:
         if kind.cores >= job.cores and kind.gpus >= job.gpus and kind.memory_mb >= (job.memory_mb or 0)
     ]
     if not fitting:
+        memory = "memory yet unknown" if job.memory_mb is None else f"{job.memory_mb} MB"
         largest = max(up, key=lambda kind: (kind.gpus >= job.gpus, kind.memory_mb, kind.cores))
         yield (
-            f"{job.rule} asks for {job.cores} cores, {job.memory_mb or 0} MB and {job.gpus} GPUs, and no node of "
+            f"{job.rule} asks for {count(job.cores, 'core')}, {memory} and {count(job.gpus, 'GPU')}, and no node of "
             f"{partition.name} has them (the largest: {largest.cores}, {largest.memory_mb} MB, {largest.gpus}); "
-            "lower threads or memory_mb, or name another partition"
+            "lower threads or memory_mb (medseg.yaml), or name another partition"
         )
 
 

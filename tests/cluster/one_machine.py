@@ -163,6 +163,8 @@ def main() -> None:
     if reason := why_not():
         raise SystemExit(reason)
     with tempfile.TemporaryDirectory() as folder, Slurm(Path(folder)):
+        for number in (signal.SIGINT, signal.SIGTERM):  # what a shell's background starts ignores ctrl-C
+            signal.signal(number, signal.default_int_handler)
         sys.stdout.write(run("sinfo") + "\nctrl-C ends it\n")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):

@@ -43,9 +43,11 @@ class Workflow:
         self.folder, self.run = folder, folder / "results" / TASK
         self.model = self.run / "3d" / "fold0" / "model"
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
+    def start(self, *options: str, **config: object) -> subprocess.Popen[str]:
+        """As docs/cluster.md has it, and ``config`` beside it."""
+        asked = {"tasks": TASK, "configurations": "[3d]", "of_folds": 3, "budget": "15s"} | config
         command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--profile", "profile"]
-        command += ["--configfile", "config.json", *options]
+        command += [*options, "--config", *(f"{key}={value}" for key, value in asked.items())]
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and of children too
             signal.signal(signal.SIGINT, signal.default_int_handler)
         with (self.folder / "said.txt").open("a") as said:
@@ -109,10 +111,9 @@ def until(found: Callable[[], str | None], otherwise: Callable[[], str]) -> str:
 def undisturbed(cluster: Slurm, tiny_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Workflow:
     folder = tmp_path_factory.mktemp("undisturbed")
     tiny_task(folder / TASK, cases=6)
-    config = {"tasks": [TASK], "configurations": ["3d"], "of_folds": 3, "budget": "15s", "threads": 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "profile").mkdir()
-    (folder / "profile" / "config.yaml").write_text(for_this_cluster((ROOT / "profiles/slurm/config.yaml").read_text()))
+    shutil.copytree(ROOT / "profiles" / "slurm", folder / "profile")
+    for path in (folder / "profile").iterdir():
+        path.write_text(for_this_cluster(path.read_text()))
     made = Workflow(folder)
     made.finish()
     return made
@@ -121,25 +122,36 @@ def undisturbed(cluster: Slurm, tiny_task: Callable[..., Path], tmp_path_factory
 def for_this_cluster(profile: str) -> str:
     """As docs/cluster.md says to edit it; and less patient, since this cluster is quick."""
     profile = re.sub(r"\nset-resources:\n(  - .*\n)+", "\n", profile.replace("CHANGE-ME", "normal"))
-    profile = profile.replace("device=cuda", "device=cpu").replace("memory_mb=32000", "memory_mb=2000")
+    for before, after in (("device: cuda", "device: cpu"), ("mb: 32000", "mb: 2000"), ("threads: 8", "threads: 1")):
+        profile = profile.replace(before, after)
     return profile.replace("latency-wait: 60", "latency-wait: 5").replace("checks: 20", "checks: 2")
 
 
 # ---- what is told before anything starts --------------------------------------------------------
 
 
-def refused(work: Workflow, *options: str) -> str:
+def refused(work: Workflow, **config: object) -> str:
     """What a workflow says that starts nothing."""
-    assert work.start(*options).wait(PATIENCE) != 0
+    assert work.start(**config).wait(PATIENCE) != 0
     assert str(work.folder) not in run("squeue", "-h", "-t", "all", "-o", "%Z")
-    assert "nothing was started" in work.said
+    assert "othing was started" in work.said
     return work.said
 
 
 def test_a_profile_as_it_is_shipped_names_no_partition(undisturbed: Workflow, tmp_path: Path) -> None:
     work = undisturbed.copy(tmp_path / "work")
     shutil.copy(ROOT / "profiles/slurm/config.yaml", work.folder / "profile" / "config.yaml")
-    assert "names no partition); write one of these into the profile: normal, urgent" in refused(work)
+    said = refused(work)
+    assert (
+        said.count("the profile names no partition (slurm_partition): write one of these into it: normal, urgent") == 1
+    )
+
+
+@pytest.mark.parametrize("key", ["device", "memory_mb"])
+def test_what_would_be_taken_from_the_login_node(undisturbed: Workflow, tmp_path: Path, key: str) -> None:
+    work = undisturbed.copy(tmp_path / "work")
+    (work.folder / "profile" / "medseg.yaml").write_text({"device": "memory_mb: 2000", "memory_mb": "device: cpu"}[key])
+    assert f"jobs run on other machines, and {key} is taken from this one" in refused(work, threads=1)
 
 
 def test_a_plan_that_fits_no_node(undisturbed: Workflow, tmp_path: Path) -> None:
@@ -148,10 +160,8 @@ def test_a_plan_that_fits_no_node(undisturbed: Workflow, tmp_path: Path) -> None
     told = json.loads(plan.read_text())
     told["configurations"]["3d"]["cost"] |= {"ram_bytes": 50_000_000_000}
     plan.write_text(json.dumps(told))
-    said = refused(work, "--config", "memory_mb=500000")
-    assert re.search(r"train asks for 1 cores, 6\d{4} MB and 0 GPUs, and no node of normal has them", said), said[
-        -3000:
-    ]
+    said = refused(work, memory_mb=500000)
+    assert re.search(r"train asks for 1 core, 6\d{4} MB and 0 GPUs, and no node of normal has them", said), said[-3000:]
 
 
 def test_a_task_that_a_node_does_not_see(cluster: Slurm, undisturbed: Workflow, tmp_path: Path) -> None:

@@ -52,14 +52,20 @@ def test_what_fits_is_not_spoken_of(asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"partition": "CHANGE-ME"}, "names no partition); write one of these into the profile: cpu, dark, gpu, old"),
-        ({"partition": "gpus"}, "no partition 'gpus' (the profile names another one)"),
-        ({"partition": "gpu", "minutes": 91}, "asks for 91 minutes, and gpu lets a job run 90; plan with a smaller"),
+        (
+            {"partition": "CHANGE-ME"},
+            "the profile names no partition (slurm_partition): write one of these into it: cpu, dark, gpu, old",
+        ),
+        ({"partition": "gpus"}, "the cluster has no partition 'gpus'"),
+        (
+            {"partition": "gpu", "minutes": 91},
+            "asks for 91 minutes, and gpu lets a job run 90; lower the budget, say --set-resources train:runtime",
+        ),
         (
             {"partition": "gpu", "memory_mb": 128001, "gpus": 1},
             "no node of gpu has them (the largest: 32, 128000 MB, 4)",
         ),
-        ({"partition": "cpu", "gpus": 1}, "and 1 GPUs, and no node of cpu has them"),
+        ({"partition": "cpu", "gpus": 1}, "and 1 GPU, and no node of cpu has them"),
         ({"partition": "cpu", "cores": 65}, "asks for 65 cores"),
         ({"partition": "dark"}, "no node of dark takes jobs now"),
         ({"account": "CHANGE-ME"}, "names no account"),
