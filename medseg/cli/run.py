@@ -28,7 +28,7 @@ _NOISE = (
     "Assuming unrestricted", "Building DAG", "Using shell", "Provided ", "Rules claiming", "Select jobs", "Execute ",
     "Using workflow specific", "Using profile", "Config file ", "Complete log", "Elapsed time", "RuleException",
     "CalledProcessError", "Command '", "Cannot restore", "WorkflowError", "At least one job", "Exiting because",
-    "Nothing to be done", "Shutting down", "Will exit after", "Terminating processes",
+    "Nothing to be done", "Shutting down", "Will exit after", "Terminating processes", '  File "',
 )  # fmt: skip
 # A command of the workflow that failed, and where it wrote why.
 _FAILED = re.compile(r"Command '.* > (\S+\.log) 2>&1.* returned non-zero exit status")
@@ -124,7 +124,7 @@ def run(
         "phantoms": {"budget": {"3d": budget, "2d": budget}} if budget and not tasks else None,
         "family": _family(family),
         "seed": seed,
-        "device": device,
+        "device": None if device == "auto" else device,  # or the profile's would not hold
     }
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--rerun-incomplete"]
     command += ["--quiet", "host", "reason", "rules"]
@@ -215,7 +215,7 @@ def _entry(key: str, value: Any) -> str:
 @dataclass
 class Seen:
     """How a run of Snakemake went: its status, what it told of results, what it refused, the logs of steps that
-    failed, and whether it was asked to stop."""
+    failed, whether ``nothing`` was started after all, and whether it was asked to stop."""
 
     status: int = 0
     results: list[str] = field(default_factory=list)
@@ -224,6 +224,7 @@ class Seen:
     logs: list[Path] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     started: bool = False
+    nothing: bool = False
     locked: bool = False
     stopped: bool = False
 
@@ -305,6 +306,10 @@ def _listen(stream: IO[str], seen: Seen, dry_run: bool) -> None:
                 seen.early.append(line)
         elif failed := _FAILED.match(line):
             seen.logs.append(Path(failed[1]))
+        elif "othing was started." in line:  # by the preflight, which has said why
+            seen.nothing = True
+            if not line.startswith("medseg: nothing"):
+                click.echo(line, err=True)
         elif line and not seen.locked and not line.startswith(_NOISE):
             click.echo(line, err=True)
 
@@ -340,6 +345,9 @@ def _failed(seen: Seen, output: Path, dry_run: bool) -> NoReturn:
         if seen.status < 0:
             click.echo(f"medseg: Snakemake was ended by {signal.Signals(-seen.status).name}.", err=True)
             raise SystemExit(_status(seen.status))
+        if seen.nothing:
+            click.echo("medseg: nothing was started; why stands above.", err=True)
+            raise SystemExit(2)
         for log in seen.logs:
             click.echo(f"{log}:\n{_last_lines(log)}", err=True)
         click.echo(

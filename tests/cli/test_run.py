@@ -161,6 +161,20 @@ def test_a_step_that_fails_shows_why(medseg: Any, task: Path) -> None:
     assert outcome.err.splitlines()[-1].startswith("medseg: a step failed")
 
 
+def test_what_the_preflight_says_is_handed_on_and_nothing_is_started(medseg: Any, here: Path) -> None:
+    (here / "small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", here / "small"], check=False).returncode:
+        pytest.skip("only root can mount")
+    try:
+        outcome = medseg("run", "-o", "small/results", "--cores", 1)
+    finally:
+        subprocess.run(["umount", "--lazy", here / "small"], check=True)
+    assert outcome.status == 2
+    said = outcome.err.splitlines()
+    assert said[-1] == "medseg: nothing was started; why stands above."
+    assert "results cannot be written to small/results: No space left on device" in said[-2]
+
+
 def test_a_wheel_carries_the_workflow(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
