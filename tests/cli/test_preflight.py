@@ -50,3 +50,16 @@ def test_what_is_no_list_of_jobs_is_refused(wanted: str) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "Let the workflow call it" in done.stderr
+
+
+def test_a_scratch_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    command = ["unshare", "--mount", "sh", "-c"]
+    hidden = "for f in /tmp /var/tmp /usr/tmp; do [ ! -d $f ] || mount -t tmpfs -o ro none $f || exit 77; done; "
+    hidden += f"cd /proc; exec {sys.executable} -m medseg preflight --room 1000"
+    wanted = json.dumps({"results": f"/dev/shm/medseg-{tmp_path.name}"})
+    done = subprocess.run([*command, hidden], input=wanted, capture_output=True, text=True)
+    if done.returncode in (1, 77) and "medseg" not in done.stderr:
+        pytest.skip("only root can mount")
+    Path(json.loads(wanted)["results"]).rmdir()
+    assert done.returncode == 2, done
+    assert done.stderr == "medseg: no folder for temporary files can be written; set TMPDIR to one\n"

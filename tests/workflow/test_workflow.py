@@ -248,3 +248,9 @@ def test_environment_modules_are_loaded_by_each_job(tmp_path):
         if not status:
             assert (tmp_path / "loaded").exists()
             shutil.rmtree(tmp_path / "results")
+
+
+def test_a_configuration_of_another_version_is_told(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"format": 2}))
+    said = snakemake("--dry-run", "--configfile", "config.json", folder=tmp_path, expect=1)
+    assert "the configuration is wrong at format: 1 was expected. It is of another version of medseg" in said
