@@ -190,14 +190,19 @@ def preempted(work: Workflow) -> None:
 
 
 def out_of_time(work: Workflow) -> None:
-    """As on a node that hangs: it does not get on until its minute is over."""
+    """As on a node that hangs: it does not get on until its minute is over, also where it was preempted meanwhile."""
     started = work.start()
     job = work.job()
     assert subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"]).returncode == 0
-    for process in work.training():
-        os.kill(process, signal.SIGSTOP)
+
+    def hung() -> str | None:
+        for process in work.training():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGSTOP)
+        return "" if "TIMEOUT" in work.said else None
+
+    until(hung, lambda: work.said[-6000:])
     assert started.wait(PATIENCE) == 0, work.said[-6000:]
-    assert "TIMEOUT" in work.said, work.said[-6000:]
 
 
 def out_of_memory(work: Workflow) -> None:
