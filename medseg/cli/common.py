@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -289,7 +288,7 @@ def unlabelled_for(task: Task, held_out: Iterable[str]) -> tuple[Case, ...]:
     return tuple(case for case in unlabelled_cases(task) if case.subject not in unseen)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopping() -> Iterator[None]:
     """SIGTERM ends the run as an interruption does, so that what is being written is finished or
     taken away; the exit status is that of a process that was terminated."""

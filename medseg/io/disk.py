@@ -98,8 +98,7 @@ def _judge_promises(disk: Disk, name: str) -> Iterator[Finding]:
         )  # fmt: skip
     if not disk.locks:
         yield Finding(
-            "disk", "problem", f"{name}: files cannot be locked (flock), and training refuses to start where another "
-            "might write its checkpoints",
+            "disk", "problem", f"{name}: files cannot be locked (flock), so two jobs at one work would not take turns",
             "Have it mounted with locks (Lustre: -o flock; NFS: with its lock service), or work on a local disk",
         )  # fmt: skip
     if disk.renames and disk.locks:

@@ -126,10 +126,10 @@ def alone(lock: Path, work: str, waiting: Callable[[str], object] | None = None)
     with file:
         if not _took(file.fileno()):
             file.seek(0)
-            other = f"{work} is done there already ({file.read(200).strip() or 'by an unknown process'})"
+            other = f"{work} is at work in {lock.parent} ({file.read(200).strip() or 'unknown'})"
             if waiting is None:
-                raise MedsegError(f"{other}: {lock.parent}. Wait until it has ended, or stop it.")
-            waiting(f"{other}: {lock.parent}; waiting for its end")
+                raise MedsegError(f"{other}. Wait until it has ended, or stop it.")
+            waiting(f"{other}; waiting for its end")
             while not _took(file.fileno()):
                 time.sleep(_LOOK)
         _sign(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -232,13 +232,9 @@ def _locked(path: Path) -> int:
     while True:
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _took(handle):
             os.close(handle)
-            raise MedsegError(f"another process works in {path}. Wait until it has ended.") from None
-        except OSError:
-            return handle  # some file systems of clusters have no locks
+            raise MedsegError(f"another process works in {path}. Wait until it has ended.")
         # Whoever had it before may have removed it since it was opened.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
             return handle

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from medseg.core.errors import InputError
 from medseg.core.progress import Progress, silent
 from medseg.core.volume import Volume
+from medseg.io.files import sha256_of
 from medseg.io.itk import is_itk, read_itk_volume
 from medseg.io.nifti import is_nifti, read_volume, stem
 from medseg.io.sources import Source, find_sources, is_dicom, is_zip
@@ -91,8 +92,8 @@ def scan_stem(path: Path) -> str:
 def scan_digest(path: Path) -> str:
     """SHA-256 of a file, or of those of a folder whatever they are called."""
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    parts = sorted(hashlib.sha256(source.path.read_bytes()).digest() for source in find_sources(path))
+        return sha256_of(path)
+    parts = sorted(bytes.fromhex(sha256_of(source.path)) for source in find_sources(path))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

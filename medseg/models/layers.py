@@ -121,8 +121,8 @@ class _Exact:
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         compute: Callable[..., Tensor] = super()._conv_forward  # type: ignore[misc]
-        shorter = any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))
-        if not (shorter and x.is_cpu and torch.is_autocast_enabled("cpu")):
+        halved = x.is_cpu and torch.is_autocast_enabled("cpu")
+        if not (halved and any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))):
             return compute(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
             return compute(x.float(), weight, bias)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from medseg.core.errors import InputError
 from medseg.core.provenance import digest
-from medseg.io.files import atomic, new_folder, read_json, work_folder, write_bytes, write_json, write_text
+from medseg.io.files import atomic, new_folder, read_json, sha256_of, work_folder, write_bytes, write_json, write_text
 from medseg.models.build import build
 from medseg.models.calibration import Calibration
 from medseg.models.card import card
@@ -231,7 +231,7 @@ def save_package(folder: Path, package: ModelPackage, *, outdated: Sequence[Path
             members=members,
             graphs=graphs,
             not_portable=reason,
-            checksums={file: _hash(aside / file) for file in (*named, *nested)},
+            checksums={file: sha256_of(aside / file) for file in (*named, *nested)},
             engines=package.engines,
             trained_on=package.trained_on,
             held_out=package.held_out,
@@ -270,7 +270,7 @@ def load_package(folder: Path) -> ModelPackage:
     nested = [name for name in index.checksums if name == f"{PREVIOUS}/{INDEX}"]
     for name in ("plan.json", *told, *names, *nested):
         path = folder / name
-        if not path.is_file() or _hash(path) != index.checksums.get(name):
+        if not path.is_file() or sha256_of(path) != index.checksums.get(name):
             raise InputError(f"{path} is missing or was changed after it was written", _ANOTHER)
     members = tuple(StoredWeights(folder / name, index.checksums[name]) for name in index.members)
     for weights in members:
@@ -370,11 +370,6 @@ def _write_graphs(folder: Path, members: tuple[str, ...], package: ModelPackage)
     for name, data in files.items():
         write_bytes(folder / name, data)
     return tuple(files), ""
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(weights: Mapping[str, Tensor]) -> str:

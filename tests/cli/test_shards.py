@@ -252,7 +252,7 @@ def test_a_killed_shard_goes_on_by_its_log(made: Any, medseg: Any, scans: Path, 
         busy = medseg(*command, *QUICK)
         child.send_signal(signal.SIGKILL)
         child.wait(timeout=60)
-    busy.refused("predict is done there already", status=1)
+    busy.refused("predict is at work in", status=1)
     done = read_log(log).done
     assert 3 <= len(done) < 40
     outcome = medseg("archive", "report", out)

@@ -102,7 +102,7 @@ def test_a_second_one_is_refused_or_waits_and_is_told_for_whom(tmp_path: Path, m
     lock, told = tmp_path / "lock", []
     first = alone(lock, "train")
     first.__enter__()
-    with pytest.raises(MedsegError, match=rf"train is done there already \(process {os.getpid()} on "):
+    with pytest.raises(MedsegError, match=rf"train is at work in .* \(process {os.getpid()} on "):
         alone(lock, "train").__enter__()
 
     def waiting(text: str) -> None:

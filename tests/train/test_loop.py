@@ -303,7 +303,7 @@ def test_a_checkpoint_of_another_run_is_refused(bench: Bench) -> None:
 
 def test_two_runs_in_one_folder_are_one_too_many(bench: Bench) -> None:
     def another(now: Progress) -> None:
-        with pytest.raises(MedsegError, match=r"another training is done there already \(process \d+ on "):
+        with pytest.raises(MedsegError, match=r"another training is at work in .* \(process \d+ on "):
             bench.run()
 
     bench.run(progress=another)
