@@ -206,7 +206,7 @@ def _train_fold(
     from medseg.models.build import build
     from medseg.models.experience import experience
     from medseg.models.package import INDEX, load_package, record_engines, save_package
-    from medseg.plan.watch import COMPARED_CASES, calibration_allowed, comparison_allowed, watching_of
+    from medseg.plan.watch import COMPARED_CASES, watching_of
     from medseg.preprocess.regrid import preprocess
     from medseg.train.calibrate import calibration_of, evenly
     from medseg.train.loop import Before, Progress, Setup, fitting
@@ -309,7 +309,6 @@ def _train_fold(
         package,
         lambda case: load_case(task, task.case(case)),
         device=device,
-        seconds=calibration_allowed(package.configuration, package.provenance["seconds"]),
         most=looked.calibrated,
     )
     save_package(output / "model", replace(package, experience=trained, calibration=calibration), outdated=[log_file])
@@ -321,7 +320,7 @@ def _train_fold(
         case: preprocess(scans[case], plan, saved.configuration, before.found[case] if before else None).values
         for case in compared
     }
-    engines = measure(saved, images, cores, seconds=comparison_allowed(package.provenance["seconds"]))
+    engines = measure(saved, images, cores, tiles=looked.compared)
     record_engines(output / "model", engines)
     write_json(log_file, {"format": 1, "options": f"--seed {seed}", "records": list(records)})
     done = package.provenance

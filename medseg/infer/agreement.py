@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +17,19 @@ _TILES = 2
 
 
 def measure(
-    package: ModelPackage, images: Mapping[str, Float32], threads: int | None = None, *, seconds: float = float("inf")
+    package: ModelPackage, images: Mapping[str, Float32], threads: int | None = None, *, tiles: int | None = None
 ) -> dict[str, Agreement]:
     """The agreement of each engine that can run a package here, other than torch, by engine and
     precision ("openvino-f32"). ``images`` are preprocessed cases (C, X, Y, Z) by name, of which each
-    engine looks at one tile, and at further ones until its part of the ``seconds`` is over. Empty where
-    there is no other engine, or no case."""
+    engine looks at so many ``tiles``, all unless said. Empty where there is no other engine, or no case."""
     if not package.graphs or not images or not has_openvino():
         return {}
     reference = open_engine(package, "torch-cpu", threads, precision="f32")
     capable = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     found = {}
-    precisions = ("f32", "bf16") if capable else ("f32",)
-    for precision in precisions:
+    for precision in ("f32", "bf16") if capable else ("f32",):
         engine = OpenVinoEngine(package, threads, precision=precision)
-        found[f"{engine.name}-{precision}"] = agreement(
-            engine, reference, images, package.configuration, seconds=seconds / len(precisions)
-        )
+        found[f"{engine.name}-{precision}"] = agreement(engine, reference, images, package.configuration, tiles=tiles)
     return found
 
 
@@ -43,17 +39,14 @@ def agreement(
     images: Mapping[str, Float32],
     configuration: Configuration,
     *,
-    seconds: float = float("inf"),
+    tiles: int | None = None,
 ) -> Agreement:
-    """How far an engine's logits and labels are another's, over tiles of preprocessed cases
-    (C, X, Y, Z), the first one and those that are begun before the ``seconds`` are over. Of labels that
-    neither finds the Dice counts for nothing."""
-    difference, same, voxels, until = 0.0, 0, 0, time.perf_counter() + seconds
+    """How far an engine's logits and labels are another's, over so many ``tiles`` of preprocessed cases
+    (C, X, Y, Z), all unless said. Of labels that neither finds the Dice counts for nothing."""
+    difference, same, voxels = 0.0, 0, 0
     seen: list[str] = []
     counts = np.zeros((0, 3), dtype=np.int64)
-    for case, tile in _tiles(images, configuration):
-        if seen and time.perf_counter() > until:
-            break
+    for case, tile in islice(_tiles(images, configuration), tiles):
         seen += [case] if case not in seen else []
         one, other = _logits(engine, tile), _logits(reference, tile)
         difference = max(difference, float(np.abs(one - other).max()))

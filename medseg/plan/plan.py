@@ -172,6 +172,7 @@ class Watching(Strict):
     times: Annotated[int, Field(ge=0, le=1000)] = 10
     cases: Annotated[int, Field(ge=0, le=1000)] = 8
     calibrated: Annotated[int, Field(ge=0, le=1000)] = 50
+    compared: Annotated[int, Field(ge=1, le=6)] = 6
 
 
 class Configuration(Strict):

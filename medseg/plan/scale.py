@@ -305,13 +305,13 @@ class Chooser:
 
     def _length(
         self, candidate: _Candidate, budget: float | None, known: _Known
-    ) -> tuple[int, int, Decision[Watching] | None]:
-        """Steps of each member, how many members, and where there is a budget how the run is watched."""
+    ) -> tuple[int, int, Decision[Watching]]:
+        """Steps of each member, how many members, and how the run is watched."""
         several = self._sees_enough(candidate)
         if budget is None:
-            if self.target.steps or not several:
-                return self.target.steps or _USUAL_STEPS[self.target.kind], 1, None
-            return _MEMBER_STEPS, _MOST_MEMBERS, None
+            members = _MOST_MEMBERS if several and not self.target.steps else 1
+            steps = self.target.steps or (_MEMBER_STEPS if several else _USUAL_STEPS[self.target.kind])
+            return steps, members, self._pace(candidate, known).of(members).usual(steps)
         for members in range(_MOST_MEMBERS if several else 1, 0, -1):
             pace = self._pace(candidate, known).of(members)
             watching = pace.watching(budget)
@@ -327,12 +327,12 @@ class Chooser:
         one = self._pace(chosen, known)
         pace = one.of(members)
         self._whole[name] = pace.whole
-        aside = pace.aside(steps, watching.value if watching else None)
+        aside = pace.aside(steps, watching.value)
         cases = self._cases(made)
         costs = Cost(
             seconds_per_step=float(f"{one.step:.4g}"),
             memory_bytes=known.memory(chosen),
-            ram_bytes=self._ram(chosen, known, watching.value.cases if watching else None),
+            ram_bytes=self._ram(chosen, known, watching.value.cases),
             disk_bytes=cost.disk_bytes(cases, self._inputs(made), self._label_voxels(made)),
             hours=float(f"{(steps * pace.step + aside) / 3600:.3g}"),
             measured_on=step.measured_on if step else None,

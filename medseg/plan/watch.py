@@ -12,14 +12,14 @@ from medseg.plan.plan import Configuration, Decision, Watching
 _WATCHED, _CALIBRATED, _FEWEST_CALIBRATED, _COMPARED, _ELSE = 0.2, 0.1, 0.2, 0.02, 0.03
 # With fewer cases than these calibration cannot tell how far it is off itself.
 _FEWEST = 2
-# Where nobody budgets, calibration takes this share of the training, but may take so many seconds, and predicts
-# three cases twice.
+# Where nobody budgets, calibration takes this share of the training, but may take so many seconds, and takes
+# three cases.
 _SHARE, _SECONDS, _THREE = 0.1, 30.0, 3
 # Cases from whose voxels a temperature is learnt, before all of them are predicted with it.
 SAMPLED = 16
-# Three engines and precisions at the most look at two tiles each of three cases.
+# Three engines and precisions at the most look at tiles of three cases.
 COMPARED_CASES = 3
-_ENGINES, _TILES = 3, 2 * COMPARED_CASES
+_ENGINES = 3
 
 
 def watching_of(configuration: Configuration) -> Watching:
@@ -37,16 +37,6 @@ def due(step: int, steps: int, every: int, times: int) -> bool:
     epoch, epochs = -(-step // every), -(-steps // every)
     often = validations(steps, every, times)
     return epoch * often // epochs > (epoch - 1) * often // epochs
-
-
-def calibration_allowed(configuration: Configuration, training: float) -> float:
-    """Seconds of calibration after so many of training, beyond which no further case is looked at."""
-    return _FEWEST_CALIBRATED * training if configuration.watching else max(_SECONDS, _SHARE * training)
-
-
-def comparison_allowed(training: float) -> float:
-    """Seconds of comparing engines, beyond which each looks at no further tile."""
-    return _COMPARED * training
 
 
 @dataclass(frozen=True)
@@ -77,37 +67,54 @@ class Pace:
         times = min(usual.times, most // cases)
         if not times:
             times, cases = min(1, most), min(cases, most)
-        value = Watching(times=times, cases=cases, calibrated=self._calibrated(left))
+        fewest = min(_FEWEST, self.held_out)
+        calibrated = self._calibrated(_CALIBRATED * left, fewest)
+        if self._calibration(calibrated) > _FEWEST_CALIBRATED * left:
+            calibrated = 0
+        value = Watching(times=times, cases=cases, calibrated=calibrated, compared=self._compared(left))
         one = f"one prediction is reckoned at {self.validation:.3g} s, and {self.whole:.3g} s in calibration"
         reason = f"at most {_WATCHED:.0%} of the budget for validation and {_CALIBRATED:.0%} for calibration; {one}"
         if not times:
             reason += "; one alone takes more, so that training shows its loss only"
-        if not value.calibrated:
-            reason += f"; too long for calibration on {min(_FEWEST, self.held_out)}, so that there is none"
+        if not calibrated:
+            reason += f"; too long for calibration on {fewest}, so that there is none"
         return Decision(value=value, reason=reason)
 
-    def _calibrated(self, left: float) -> int:
-        most, fewest = min(Watching().calibrated, self.held_out), min(_FEWEST, self.held_out)
-        fitting = [n for n in range(fewest, most + 1) if self._calibration(n) <= _CALIBRATED * left]
-        return max(fitting, default=fewest if self._calibration(fewest) <= _FEWEST_CALIBRATED * left else 0)
+    def usual(self, steps: int) -> Decision[Watching]:
+        """Where nobody budgets: the usual validation, and as much else as a training of so many steps bears."""
+        training = steps * self.step
+        allowed = max(_SECONDS, _SHARE * (training + self._validation(steps, Watching())))
+        value = Watching(
+            calibrated=self._calibrated(allowed, min(_THREE, self.held_out)), compared=self._compared(training)
+        )
+        reason = (
+            f"no budget, so the usual validation; calibration takes at most {allowed:.3g} s, but {_THREE} cases, of "
+            f"which one is reckoned at {self.whole:.3g} s"
+        )
+        return Decision(value=value, reason=reason)
+
+    def _calibrated(self, allowed: float, fewest: int) -> int:
+        """Cases whose calibration takes so many seconds, but so many at the least."""
+        most = min(Watching().calibrated, self.held_out)
+        return max((n for n in range(fewest, most + 1) if self._calibration(n) <= allowed), default=fewest)
 
     def _calibration(self, cases: int) -> float:
         return (min(SAMPLED, cases) + cases) * self.whole
 
-    def aside(self, steps: int, watching: Watching | None) -> float:
-        """Seconds of a run of so many steps that do not go to them; ``watching`` is None where nobody
-        budgeted."""
-        training = steps * self.step
-        wanted = watching or Watching()
-        validation = validations(steps, self.every, wanted.times) * min(wanted.cases, self.held_out) * self.validation
-        calibration = self._calibration(min(wanted.calibrated, self.held_out))
-        if watching is None:
-            allowed = max(_SECONDS, _SHARE * (training + validation))
-            calibration = min(calibration, max(allowed, self._calibration(min(_THREE, self.held_out))))
-        # Each engine looks at one tile, whatever is allowed.
-        most, least = _ENGINES * _TILES * self.tile, _ENGINES * self.tile
-        comparison = max(least, min(most, _COMPARED * training))
-        return self.start + validation + calibration + comparison + _ELSE * training
+    def _compared(self, training: float) -> int:
+        """Each engine looks at one tile, whatever that takes."""
+        most = Watching().compared
+        return max(1, min(most, int(_COMPARED * training / (_ENGINES * self.tile)))) if self.tile else most
+
+    def _validation(self, steps: int, watching: Watching) -> float:
+        times = validations(steps, self.every, watching.times)
+        return times * min(watching.cases, self.held_out) * self.validation
+
+    def aside(self, steps: int, watching: Watching) -> float:
+        """Seconds of a run of so many steps that do not go to them."""
+        calibration = self._calibration(min(watching.calibrated, self.held_out))
+        comparison = _ENGINES * watching.compared * self.tile
+        return self.start + self._validation(steps, watching) + calibration + comparison + _ELSE * steps * self.step
 
     def steps(self, budget: float, watching: Watching) -> int:
         """How many fit a budget beside all else, one at the least."""

@@ -386,10 +386,9 @@ def test_agreement_by_hand(small_plan: Any) -> None:
     assert found.largest_difference == pytest.approx(1.5)
     assert found.least_dice == pytest.approx(2 * 3 / (3 + 4))  # of class 1; neither finds class 2
     assert agreement(other, other, images, configuration).least_dice == 1.0
-    assert (
-        agreement(one, other, {**images, "late": next(iter(images.values()))}, configuration, seconds=-1).cases
-        == (tuple(images)[:1])
-    )
+    both = {**images, "b": images["a"]}
+    assert agreement(one, other, both, configuration).cases == ("a", "b")
+    assert agreement(one, other, both, configuration, tiles=1).cases == ("a",)
 
 
 def test_tiles_lie_in_the_middle() -> None:

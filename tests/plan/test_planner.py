@@ -589,11 +589,10 @@ def test_every_plan_fits_its_bounds_and_says_why(cases: Any, target: Target) -> 
             members = c.members.value if c.members else 1
             assert members * c.steps.value * c.cost.seconds_per_step <= 1.001 * budget
             assert 3600 * c.cost.hours <= 1.01 * budget
-        assert (c.watching is None) == (budget is None)
+        assert c.watching
     found = decisions(decided)
     several = sum(c.members is not None for c in decided.configurations.values())
-    budgeted = sum(target.budget(name) is not None for name in decided.configurations)
-    assert len(found) == 2 + len(decided.configurations) * 5 + 4 + budgeted + several
+    assert len(found) == 2 + len(decided.configurations) * 6 + 4 + several
     assert all(d.reason.strip() for d in found)
     assert decided.fingerprint == fingerprint.digest()
     assert parse_plan(decided.model_dump(mode="json"), "it") == decided

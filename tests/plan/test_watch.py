@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from medseg.plan.plan import Watching
-from medseg.plan.watch import Pace, calibration_allowed, due, validations
+from medseg.plan.watch import Pace, due, validations
 
 
 def pace(validation: float, whole: float | None = None, held_out: int = 20, step: float = 0.1) -> Pace:
@@ -52,12 +52,19 @@ def test_a_budget_is_held_and_hours_are_no_less(seconds: float, step: float) -> 
     assert steps * step + one.aside(steps, watching) <= 1000
 
 
-def test_without_a_budget_calibration_may_take_half_a_minute_and_three_cases(small_plan: Any) -> None:
-    assert pace(0, 2).aside(100, None) == pytest.approx(30 + 0.3)
-    assert pace(0, 100).aside(100, None) == pytest.approx(600 + 0.3)
-    assert pace(0, 0.1).aside(100, None) == pytest.approx(0.1 * 36 + 0.3)
-    configuration = small_plan().configuration("3d")
-    assert calibration_allowed(configuration, 100) == 30
-    decided = {"value": Watching(), "reason": "by hand"}
-    told = type(configuration).model_validate(configuration.model_dump() | {"watching": decided})
-    assert calibration_allowed(told, 100) == 20
+@pytest.mark.parametrize(("seconds", "cases"), [(0.1, 20), (0.9, 17), (2.0, 7), (100.0, 3)])
+def test_without_a_budget_calibration_may_take_half_a_minute_and_three_cases(seconds: float, cases: int) -> None:
+    found = pace(0, seconds).usual(100).value
+    assert found == Watching(calibrated=cases)
+    assert pace(0, seconds).aside(100, found) == pytest.approx(seconds * (min(cases, 16) + cases) + 0.3)
+    assert pace(0, 100, held_out=2).usual(100).value.calibrated == 2
+    assert pace(0, 2).usual(10_000).value.calibrated == 20  # a tenth of a longer training
+
+
+@pytest.mark.parametrize(("tile", "tiles"), [(0.0, 6), (0.1, 6), (2.0, 3), (6.0, 1), (600.0, 1)])
+def test_engines_are_compared_on_as_many_tiles_as_a_run_bears(tile: float, tiles: int) -> None:
+    """Three engines, of 1000 s 20; one tile whatever it takes."""
+    one = replace(pace(0.001), tile=tile)
+    assert one.watching(1000).value.compared == tiles
+    assert one.usual(10_000).value.compared == tiles
+    assert one.aside(0, Watching(times=0, calibrated=0, compared=tiles)) == pytest.approx(3 * tiles * tile)

@@ -96,19 +96,6 @@ def test_a_model_that_finds_nothing_is_not_calibrated(model: Any) -> None:
     assert calibration_of(model(0.0, 3), scan) is None  # all classes are alike to it
 
 
-def test_where_time_runs_out_three_cases_must_do(model: Any) -> None:
-    loaded: list[str] = []
-
-    def load(case: str) -> tuple[Volume, LabelMap]:
-        loaded.append(case)
-        return scan(case)
-
-    found = calibration_of(model(1.0, 30), load, seconds=0)
-    assert found is not None
-    assert found.cases == 3
-    assert len(loaded) == 6
-
-
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_plan_may_bear_a_case_or_two_or_none(model: Any, most: int) -> None:
     loaded: list[str] = []
@@ -131,8 +118,3 @@ def test_cases_are_taken_evenly() -> None:
     assert len(calibrate.evenly(names, 50)) == 40
     assert calibrate.evenly((), 50) == calibrate.evenly(names, 0) == ()
     assert calibrate.evenly(names[:50], 50) == names[:50]
-    for count in (1, 2, 3, 7, 41):
-        order = calibrate._halving(names[:count])
-        assert sorted(order) == list(names[:count])
-        assert order[0] == "000"
-    assert calibrate._halving(names[:8])[:3] == ("000", "004", "002")
