@@ -77,12 +77,13 @@ class Engine(Protocol):
     """A model that is ready to run on tiles of its configuration's patch.
 
     ``outputs`` counts the classes, or, where there is a ``head``, the features that it makes classes
-    of. ``precision`` is f32, bf16 or f16; ``notes`` says what a person should know of how it went.
-    ``found`` is what each member found in each of the tiles last run, where the model counts things; in
-    mirrored copies none are looked for.
+    of. Small tiles are best run together, as many as hold ``at_once`` voxels. ``precision`` is f32, bf16
+    or f16; ``notes`` says what a person should know of how it went. ``found`` is what each member found
+    in each of the tiles last run, where the model counts things; in mirrored copies none are looked for.
     """
 
     name: str
+    at_once: int
     precision: str
     outputs: int
     head: Head | None
@@ -144,6 +145,8 @@ class TorchEngine:
     On a GPU it computes in half the precision; so it does on processors made for that, where others
     would only pretend to, and be slower. ``precision`` (f32, bf16, f16) says otherwise.
     """
+
+    at_once = 2**18
 
     def __init__(
         self,
@@ -278,6 +281,8 @@ class OpenVinoEngine:
     """
 
     name = "openvino"
+    # More take no less time, and memory is kept for the largest batch that was seen (benchmarks/predict/README.md).
+    at_once = 2**16
 
     def __init__(
         self,

@@ -22,8 +22,6 @@ Tell = Callable[[int], None]
 # Of `OVERLAP`, where quickness counts for more. With a quarter Task04 in small tiles loses 0.003 Dice,
 # phantoms up to 0.05 (benchmarks/predict/README.md).
 QUICK_OVERLAP = 0.25
-# Small tiles run together, up to so many voxels.
-_VOXELS_AT_ONCE = 2**18
 # Finished slices go home this many at a time or more: one by one they would cost more than they hold.
 _THIN = 8
 
@@ -197,7 +195,7 @@ def run_tiles(
 ) -> Iterator[tuple[Tile, Array]]:
     """Tiles of an image (C, X, Y, Z), each with its logits (outputs, *patch); what was found in it is given to
     ``take``. What lies beyond the image is zero."""
-    size = max(1, _VOXELS_AT_ONCE // int(np.prod(patch)))
+    size = max(1, engine.at_once // int(np.prod(patch)))
     for first in range(0, len(tiles), size):
         batch = tiles[first : first + size]
         logits = engine.run(np.stack([_cut(image, tile.corner, patch) for tile in batch]))

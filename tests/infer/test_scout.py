@@ -19,7 +19,7 @@ class Bright:
     """A numpy engine that finds class 1 where a voxel is bright (1, not 0), with logits that differ
     with the voxel's place in its tile, so that every tile counts. It counts its tiles."""
 
-    name, outputs, head = "numpy", 2, None
+    name, outputs, head, at_once = "numpy", 2, None, 2**18
 
     def __init__(self) -> None:
         self.tiles = 0

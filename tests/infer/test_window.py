@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medseg.infer import window
 from medseg.infer.engine import TorchEngine
 from medseg.infer.window import gaussian, lay, sweep, tile_starts
 
@@ -196,7 +195,7 @@ def test_the_number_of_tiles_at_once_does_not_matter(small_plan: Any, monkeypatc
     image = np.random.default_rng(2).normal(size=(1, 30, 17, 33)).astype(np.float32)
     network = nn.Conv3d(1, 2, 3, padding=1)
     many = sliding_window([network], image, configuration, 2, CPU)
-    monkeypatch.setattr(window, "_VOXELS_AT_ONCE", 1)
+    monkeypatch.setattr(TorchEngine, "at_once", 1)
     assert np.abs(sliding_window([network], image, configuration, 2, CPU) - many).max() < 1e-2
 
 
@@ -251,7 +250,7 @@ def test_what_is_held_is_what_was_foretold(small_plan: Any, shape: Any, patch: A
 class Place3:
     """A numpy engine whose logits are the sum and the difference of each voxel's place in its tile and its value."""
 
-    name, outputs = "numpy", 2
+    name, outputs, at_once = "numpy", 2, 2**18
 
     def run(self, tiles: np.ndarray) -> np.ndarray:
         place = np.indices(tiles.shape[2:]).sum(axis=0).astype(np.float32)
