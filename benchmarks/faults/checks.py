@@ -15,10 +15,10 @@ from safetensors import safe_open
 # (package.json, sidecars, logs, pages), which are only looked at for being whole.
 SAME = {
     "plan": ("run.json", "plan.json", "folds.json", "fingerprint.json"),
-    "preprocess": ("3d/preprocessed/*.*",),
-    "train": ("3d/fold0/model/member*.*", "3d/fold0/model/plan.json", "3d/fold0/model/experience.json"),
-    "predict": ("3d/fold0/predictions/*.nii.gz", "3d/fold0/predictions/predictions.json"),
-    "evaluate": ("3d/fold0/metrics.csv", "3d/fold0/metrics.json"),
+    "preprocess": ("*/preprocessed/*.*",),
+    "train": ("*/fold0/model/member*.*", "*/fold0/model/plan.json", "*/fold0/model/experience.json"),
+    "predict": ("*/fold0/predictions/*.nii.gz", "*/fold0/predictions/predictions.json"),
+    "evaluate": ("*/fold0/metrics.csv", "*/fold0/metrics.json"),
     "choose": ("model/member*.*", "model/plan.json"),
     "report": ("metrics.csv", "report.md"),
 }
@@ -27,13 +27,18 @@ SAME = {
 def digests(run: Path, stages=tuple(SAME)) -> dict[str, str]:
     """SHA-256 of what must be the same, by path; of a label map or other .gz what is packed in it."""
     paths = sorted(p for stage in stages for pattern in SAME[stage] for p in run.glob(pattern) if p.is_file())
-    found = {}
-    for path in paths:
-        if not path.name.startswith("."):
-            data = path.read_bytes()
-            data = gzip.decompress(data) if path.suffix == ".gz" else data
-            found[str(path.relative_to(run))] = hashlib.sha256(data).hexdigest()
-    return found
+    return {str(path.relative_to(run)): _digest(path) for path in paths if not path.name.startswith(".")}
+
+
+def phantoms(folder: Path) -> dict[str, str]:
+    """The same of made tasks: their lists, images and labels."""
+    paths = (*folder.glob("*/dataset.json"), *folder.glob("*/*/*.nii.gz"))
+    return {str(path.relative_to(folder.parent)): _digest(path) for path in sorted(paths)}
+
+
+def _digest(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha256(gzip.decompress(data) if path.suffix == ".gz" else data).hexdigest()
 
 
 def broken(folder: Path) -> list[str]:
@@ -73,7 +78,8 @@ def _listed_predictions(run: Path) -> set[str]:
     return {case for case, name in index["cases"].items() if (place / name).exists()} | set(index["failed"])
 
 
-def _listed_rows(path: Path) -> set[str]:
+def scored(path: Path) -> set[str]:
+    """The cases in a table of scores."""
     with path.open() as file:
         return {row["case"] for row in csv.DictReader(file)}
 
@@ -83,9 +89,9 @@ _LISTED = {
     "preprocess": _listed_store,
     "train": lambda run: set(json.loads((run / "3d/fold0/model/package.json").read_text())["trained_on"]),
     "predict": _listed_predictions,
-    "evaluate": lambda run: _listed_rows(run / "3d/fold0/metrics.csv"),
+    "evaluate": lambda run: scored(run / "3d/fold0/metrics.csv"),
     "choose": lambda run: set(json.loads((run / "model/package.json").read_text())["trained_on"]),
-    "report": lambda run: _listed_rows(run / "metrics.csv"),
+    "report": lambda run: scored(run / "metrics.csv"),
 }
 
 

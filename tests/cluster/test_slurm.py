@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from one_machine import Slurm, run, why_not
+from one_machine import Slurm, for_this_cluster, run, why_not
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -117,14 +117,6 @@ def undisturbed(cluster: Slurm, tiny_task: Callable[..., Path], tmp_path_factory
     made = Workflow(folder)
     made.finish()
     return made
-
-
-def for_this_cluster(profile: str) -> str:
-    """As docs/cluster.md says to edit it; and less patient, since this cluster is quick."""
-    profile = re.sub(r"\nset-resources:\n(  - .*\n)+", "\n", profile.replace("CHANGE-ME", "normal"))
-    for before, after in (("device: cuda", "device: cpu"), ("mb: 32000", "mb: 2000"), ("threads: 8", "threads: 1")):
-        profile = profile.replace(before, after)
-    return profile.replace("latency-wait: 60", "latency-wait: 5").replace("checks: 20", "checks: 2")
 
 
 # ---- what is told before anything starts --------------------------------------------------------
