@@ -8,7 +8,8 @@ The SLURM is that of the tests (tests/cluster/one_machine.py), and as there it w
 checked, planned, preprocessed, trained (2D and 3D), predicted, scored and reported once undisturbed, once by plain
 `snakemake` on this machine, and once for each fault, each time from nothing. Phantoms, plans, preprocessed cases,
 weights, label maps and scores are compared bit for bit (`checks.SAME`); every file is read to its end. Only the
-number of steps is less than the workflow's own.
+number of steps is less than the workflow's own. Several workflows run side by side, so that what is done to the SLURM
+(a preemption, its daemons killed) meets others too.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -61,15 +63,16 @@ class Trial:
 class Work:
     """The workflow in a folder of its own."""
 
-    def __init__(self, folder: Path, steps: int, cases: int) -> None:
+    def __init__(self, folder: Path, fault: str, options: argparse.Namespace) -> None:
         self.folder, self.results = folder, folder / "results"
+        self.trial, self.rng = Trial(fault), random.Random(f"{options.seed} {fault}")
         self.results.mkdir(parents=True)
         shutil.copytree(ROOT / "profiles" / "slurm", folder / "profile")
         for path in (folder / "profile").iterdir():
             path.write_text(for_this_cluster(path.read_text()))
         with (folder / "profile" / "medseg.yaml").open("a") as told:
-            fixed = {"steps": steps, "machine": "cpu", "memory": "2GiB"}
-            phantoms = {"tasks": ["abdomen", "brain", "prostate"], "cases": cases, "seed": 0, "budget": {}}
+            fixed = {"steps": options.steps, "machine": "cpu", "memory": "2GiB"}
+            phantoms = {"tasks": ["abdomen", "brain", "prostate"], "cases": options.cases, "seed": 0, "budget": {}}
             told.write(f"\nfixed: {json.dumps(fixed)}\nphantoms: {json.dumps(phantoms)}\n")
 
     def start(self, *options: str, where: str = "", slurm: bool = True) -> subprocess.Popen[str]:
@@ -105,6 +108,9 @@ class Work:
         found = checks.phantoms(self.results / "phantoms")
         for task in TASKS:
             found |= {f"{task}/{name}": sha for name, sha in checks.digests(self.results / task, STAGES).items()}
+            # It names the task by its whole path, which is another for each fault.
+            told = (self.results / task / "run.json").read_text().replace(str(self.folder), "")
+            found[f"{task}/run.json"] = told
         return found
 
     def lost(self) -> list[str]:
@@ -123,23 +129,23 @@ class Work:
 Harm = Callable[["Bench", Work, subprocess.Popen[str]], str]
 
 
-def some_job(bench: "Bench", work: Work) -> tuple[str, str] | None:
+def some_job(work: Work) -> tuple[str, str] | None:
     jobs = work.jobs()
-    return bench.rng.choice(jobs) if jobs else None
+    return work.rng.choice(jobs) if jobs else None
 
 
 def killed_job(bench: "Bench", work: Work, _: object) -> str:
     """a job's process killed"""
-    if (job := some_job(bench, work)) and (processes := list(work.processes(job[0]))):
+    if (job := some_job(work)) and (processes := list(work.processes(job[0]))):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(bench.rng.choice(processes), signal.SIGKILL)
+            os.kill(work.rng.choice(processes), signal.SIGKILL)
         return job[1]
     return ""
 
 
 def requeued(bench: "Bench", work: Work, _: object) -> str:
     """requeued"""
-    if (job := some_job(bench, work)) and subprocess.run(["scontrol", "requeue", job[0]]).returncode == 0:
+    if (job := some_job(work)) and subprocess.run(["scontrol", "requeue", job[0]]).returncode == 0:
         return job[1]
     return ""
 
@@ -148,22 +154,22 @@ def preempted(bench: "Bench", work: Work, _: object) -> str:
     """preempted"""
     if not (jobs := work.jobs()):
         return ""
-    subprocess.run(["sbatch", "-Q", "-p", "urgent", "-c", "4", "-o", "/dev/null", "--wrap", "sleep 3"], check=True)
+    urgent = ("-p", "urgent", "-c", "4", "-o", "/dev/null", "--wrap", "sleep 3")
+    if subprocess.run(["sbatch", "-Q", *urgent]).returncode:
+        return ""
     time.sleep(3)
     return " ".join(rule for _, rule in jobs)
 
 
 def cancelled(bench: "Bench", work: Work, _: object) -> str:
     """cancelled"""
-    if job := some_job(bench, work):
-        subprocess.run(["scancel", job[0]], check=True)
-        return job[1]
-    return ""
+    job = some_job(work)
+    return job[1] if job and subprocess.run(["scancel", job[0]]).returncode == 0 else ""
 
 
 def out_of_time(bench: "Bench", work: Work, _: object) -> str:
     """hung, and out of time"""
-    job = some_job(bench, work)
+    job = some_job(work)
     if not job or subprocess.run(["scontrol", "update", f"JobId={job[0]}", "TimeLimit=1"]).returncode:
         return ""
     end = time.monotonic() + 180
@@ -202,7 +208,7 @@ def ended_by(work: Work, started: subprocess.Popen[str]) -> str:
 def dated(bench: "Bench", work: Work, started: subprocess.Popen[str]) -> str:
     """clock jumps (ctrl-C, all files from 1971 or in ten years)"""
     interrupted(bench, work, started)
-    when = bench.rng.choice((365 * 86400, time.time() + 10 * 365 * 86400))
+    when = work.rng.choice((365 * 86400, time.time() + 10 * 365 * 86400))
     for path in work.results.rglob("*"):
         os.utime(path, (when, when))
     return "1971" if when < time.time() else "in ten years"
@@ -212,7 +218,7 @@ def daemons_killed(bench: "Bench", work: Work, _: object) -> str:
     """slurmctld and slurmd killed, back after seconds"""
     rules = " ".join(rule for _, rule in work.jobs()) or "no job"
     with bench.slurm.dead():
-        time.sleep(bench.rng.uniform(1, 5))
+        time.sleep(work.rng.uniform(1, 5))
     return rules
 
 
@@ -220,9 +226,9 @@ def disk_full(bench: "Bench", work: Work, _: object) -> str:
     """disk full"""
     there = os.statvfs(work.results)
     used = (there.f_blocks - there.f_bfree) * there.f_frsize
-    more = bench.rng.choice((0, bench.rng.randint(0, 2**21)))
+    more = work.rng.choice((0, work.rng.randint(0, 2**21)))
     mount("-o", f"remount,size={max(4096, used + more)}", work.results)
-    held(bench)
+    held(work)
     mount("-o", "remount,size=2g", work.results)
     return f"room for {more // 1024} KiB"
 
@@ -231,7 +237,7 @@ def read_only(bench: "Bench", work: Work, _: object) -> str:
     """read-only results"""
     mount("--bind", work.results, work.results)
     mount("-o", "remount,bind,ro", work.results)
-    held(bench)
+    held(work)
     umount(work.results)
     return "read-only"
 
@@ -239,13 +245,13 @@ def read_only(bench: "Bench", work: Work, _: object) -> str:
 def vanishing(bench: "Bench", work: Work, _: object) -> str:
     """results not mounted for a while"""
     mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", work.results)  # an empty folder where they were
-    held(bench)
+    held(work)
     umount(work.results)
     return "empty"
 
 
-def held(bench: "Bench") -> None:
-    time.sleep(bench.rng.uniform(2, 8))
+def held(work: Work) -> None:
+    time.sleep(work.rng.uniform(2, 8))
 
 
 # ---- what is done once ---------------------------------------------------------------------------------------------
@@ -270,7 +276,7 @@ def out_of_memory(bench: "Bench", work: Work) -> list[int]:
     # A model has its plan beside it, cost and all.
     for path in work.results.rglob("model/plan.json"):
         path.write_bytes((bench.base / "undisturbed" / path.relative_to(work.folder)).read_bytes())
-    bench.trial.harms += [f"{count} trainings ended for memory" for count in [work.said.count("OUT_OF_ME")] if count]
+    work.trial.harms += [f"{count} trainings ended for memory" for count in [work.said.count("OUT_OF_ME")] if count]
     return statuses
 
 
@@ -285,9 +291,9 @@ def broken_case(bench: "Bench", work: Work) -> list[int]:
     status = work.start().wait(_LONGEST)
     for path, (data, times) in kept.items():
         name = path.name.removesuffix(".nii.gz").removesuffix("_0000")
-        bench.trial.harms.append(f"cut: {name}")
+        work.trial.harms.append(f"cut: {name}")
         if f"case {name}" not in work.said:
-            bench.trial.lost.append(f"{name} was not named")
+            work.trial.lost.append(f"{name} was not named")
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return [status, *bench.until_done(work)]
@@ -301,7 +307,7 @@ def two_at_once(bench: "Bench", work: Work) -> list[int]:
         for where in ("", "other")  # Snakemake's own lock is in its working folder
     ]
     statuses = [one.wait(_LONGEST) for one in both]
-    bench.trial.harms.append(f"two ended with {statuses}")
+    work.trial.harms.append(f"two ended with {statuses}")
     return [*statuses, *bench.until_done(work)]
 
 
@@ -338,23 +344,16 @@ class Bench:
 
     def __init__(self, base: Path, slurm: Slurm, options: argparse.Namespace) -> None:
         self.base, self.slurm, self.options = base, slurm, options
-        self.rng = random.Random(options.seed)
         self.trials: list[Trial] = []
-        self.trial = Trial("")
-
-    def work(self) -> Work:
-        """Always in the same place, which stands in run.json."""
-        return Work(self.base / "work", self.options.steps, self.options.cases)
 
     def undisturbed(self) -> None:
-        work, begun = self.work(), time.monotonic()
+        work, begun = Work(self.base / "undisturbed", "none", self.options), time.monotonic()
         if work.start().wait(_LONGEST):
             raise SystemExit(work.said[-6000:])
         self.whole, self.took = work.digests(), time.monotonic() - begun
         say(f"undisturbed: {self.took:.0f} s, {len(self.whole)} files to compare")
         assert not checks.broken(work.results), checks.broken(work.results)
         assert not work.lost()
-        work.folder.rename(self.base / "undisturbed")
 
     def until_done(self, work: Work, harm: Harm | None = None, times: int = 0) -> list[int]:
         """Give the command until it ends with 0, and do harm at random moments meanwhile."""
@@ -363,14 +362,13 @@ class Bench:
         while len(ended) < _CALLS:
             started, begun = work.start(), time.monotonic()
             while started.poll() is None and time.monotonic() - begun < _LONGEST:
-                until = time.monotonic() + self.rng.uniform(0.4, 1.4) * gap
+                until = time.monotonic() + work.rng.uniform(0.4, 1.4) * gap
                 while started.poll() is None and time.monotonic() < until:
                     time.sleep(0.1)
                 while harm and times and started.poll() is None:
                     if what := harm(self, work, started):
                         times -= 1
-                        self.trial.harms.append(what)
-                        say(f"    {self.trial.fault}: {what}")
+                        work.trial.harms.append(what)
                         break
                     time.sleep(0.1)
             if started.poll() is None:
@@ -382,20 +380,23 @@ class Bench:
                 work.start("--unlock").wait(_LONGEST)
         return ended
 
-    def suffer(self, number: int, fault: str) -> None:
+    def suffer(self, fault: str) -> None:
         begun = time.monotonic()
-        work = self.work()
-        self.trial = one = Trial(fault)
+        work = Work(self.base / f"fault{FAULTS.index(fault)}", fault, self.options)
+        one = work.trial
         if fault in ON_TMPFS:
             mount("-t", "tmpfs", "-o", "size=2g", "tmpfs", work.results)
-        one.ended = ONCE[fault](self, work) if fault in ONCE else self.until_done(work, *AGAIN_AND_AGAIN[fault])
+        try:
+            one.ended = ONCE[fault](self, work) if fault in ONCE else self.until_done(work, *AGAIN_AND_AGAIN[fault])
+        except Exception as error:  # noqa: BLE001 - of this fault alone
+            one.ended, one.line = [1], repr(error)
         one.survived = one.ended[-1] == 0
         one.told = "Traceback" not in work.said
         try:
             found = work.digests()
             one.lost += work.lost()
         except OSError as error:
-            found, one.line = {}, str(error)
+            found, one.line = {}, f"{one.line} {error}"
         one.differ = sorted(name for name in {*found, *self.whole} if found.get(name) != self.whole.get(name))
         one.identical = not one.differ
         one.half_written, one.left_over = checks.broken(work.results), checks.left_over(work.results)
@@ -407,13 +408,8 @@ class Bench:
             say(json.dumps(asdict(one), indent=1))
         if os.path.ismount(work.results):
             umount(work.results)
-        run("scancel", "--user", "root")
-        while run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING"):
-            time.sleep(0.5)
         if good or not self.options.keep:
             shutil.rmtree(work.folder)
-        else:
-            work.folder.rename(self.base / f"fault{number}")
 
 
 def table(trials: list[dict]) -> str:
@@ -438,15 +434,13 @@ def measure(options: argparse.Namespace, base: Path) -> int:
     with Slurm(base / "slurm") as slurm:
         bench = Bench(base, slurm, options)
         bench.undisturbed()
-        for number, fault in enumerate(options.fault or FAULTS):
-            bench.suffer(number, fault)
-            found = {"format": 1, "seed": options.seed, "steps": options.steps, "cases": options.cases}
-            found |= {"undisturbed_seconds": round(bench.took, 1), "seconds": round(time.monotonic() - begun, 1)}
-            if options.output:
-                options.output.write_text(
-                    json.dumps(found | {"trials": [asdict(one) for one in bench.trials]}, indent=1)
-                )
-    trials = [asdict(one) for one in bench.trials]
+        with ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(bench.suffer, options.fault or FAULTS))
+    trials = sorted((asdict(one) for one in bench.trials), key=lambda one: FAULTS.index(one["fault"]))
+    found = {"format": 1, "seed": options.seed, "steps": options.steps, "cases": options.cases}
+    found |= {"undisturbed_seconds": round(bench.took, 1), "seconds": round(time.monotonic() - begun, 1)}
+    if options.output:
+        options.output.write_text(json.dumps(found | {"trials": trials}, indent=1))
     print(table(trials))
     good, bad = ("survived", "identical", "told"), ("half_written", "left_over", "lost")
     return int(not all(all(one[k] for k in good) and not any(one[k] for k in bad) for one in trials))
@@ -454,11 +448,14 @@ def measure(options: argparse.Namespace, base: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, help="every trial, as JSON, written after each")
+    parser.add_argument("-o", "--output", type=Path, help="every trial, as JSON")
     parser.add_argument("--folder", type=Path, help="where to work; a new folder in it is removed at the end")
     parser.add_argument("--fault", action="append", choices=FAULTS, help="only this one; may be repeated")
     parser.add_argument("--steps", type=int, default=40, help="of each training")
     parser.add_argument("--cases", type=int, default=20, help="of each task")
+    parser.add_argument(
+        "--at-once", type=int, default=4, help="so many of them side by side: SLURM lets a requeued job wait"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="the folders of what went wrong")
     parser.add_argument("--list", action="store_true", help="name the faults")
