@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import checks
-from measure import as_table, mount, own_namespace, say, umount
+from measure import as_table, kill, mount, own_namespace, say, umount
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
@@ -470,10 +470,15 @@ def main() -> int:
         raise SystemExit(reason)
     if not (around := own_namespace()):
         raise SystemExit("nothing can be mounted here")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     base = Path(tempfile.mkdtemp(prefix="medseg-cluster-", dir=options.folder))
+    command = [*around, sys.executable, __file__, *sys.argv[1:], "--base", str(base)]
+    inner = subprocess.Popen(command, start_new_session=True)
     try:
-        return subprocess.run([*around, sys.executable, __file__, *sys.argv[1:], "--base", str(base)]).returncode
+        return inner.wait()
     finally:
+        kill(inner)  # and with it all that it started: the first process of a namespace hears nothing else
+        inner.wait()
         if not options.keep:
             shutil.rmtree(base, ignore_errors=True)
 

@@ -86,10 +86,14 @@ class Slurm:
         ETC.mkdir(exist_ok=True)
         (ETC / "slurm.conf").write_text(_CONF.format(mark=_MARK, host=host, folder=self.folder))
         (ETC / "gres.conf").write_text(f"{_MARK}NodeName={host} Name=gpu File=/dev/zero\n")
-        self._munge()
-        self._start("slurmctld", "-D")
-        self._start("slurmd", "-D")
-        self._until(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), "the node is not idle")
+        try:
+            self._munge()
+            self._start("slurmctld", "-D")
+            self._start("slurmd", "-D")
+            self._until(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), "the node is not idle")
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     @contextlib.contextmanager
@@ -123,6 +127,9 @@ class Slurm:
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--user", "root"], check=False)
         self._until(lambda: not run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING"), "jobs go on", patience=20)
+        self._stop()
+
+    def _stop(self) -> None:
         for process in reversed(self._own):
             process.send_signal(signal.SIGTERM)
         for process in reversed(self._own):
