@@ -40,6 +40,8 @@ STAGES = ("plan", "preprocess", "train", "predict", "evaluate", "report")
 TASKS = ("Phantom_Abdomen", "Phantom_Brain", "Phantom_Prostate")
 # A command that takes longer than this is taken to hang, and so many of them are given.
 _LONGEST, _CALLS = 1800, 15
+# Harm comes so many seconds after a job has ended, at the most: into the middle of another.
+_LATE = 12.0
 
 
 @dataclass
@@ -319,10 +321,10 @@ def without_slurm(bench: "Bench", work: Work) -> list[int]:
 AGAIN_AND_AGAIN: dict[str, tuple[Harm, int]] = {
     str(harm.__doc__): (harm, times)
     for harm, times in (
-        (killed_job, 10),
-        (requeued, 8),
-        (preempted, 5),
-        (cancelled, 6),
+        (killed_job, 8),
+        (requeued, 5),
+        (preempted, 4),
+        (cancelled, 5),
         (out_of_time, 2),
         (interrupted, 4),
         (terminated, 4),
@@ -345,32 +347,35 @@ class Bench:
     def __init__(self, base: Path, slurm: Slurm, options: argparse.Namespace) -> None:
         self.base, self.slurm, self.options = base, slurm, options
         self.trials: list[Trial] = []
+        self.begun = time.monotonic()
 
     def undisturbed(self) -> None:
         work, begun = Work(self.base / "undisturbed", "none", self.options), time.monotonic()
         if work.start().wait(_LONGEST):
             raise SystemExit(work.said[-6000:])
         self.whole, self.took = work.digests(), time.monotonic() - begun
-        say(f"undisturbed: {self.took:.0f} s, {len(self.whole)} files to compare")
+        self.jobs = work.said.count("Finished jobid")
+        say(f"undisturbed: {self.jobs} jobs in {self.took:.0f} s, {len(self.whole)} files to compare")
         assert not checks.broken(work.results), checks.broken(work.results)
         assert not work.lost()
 
     def until_done(self, work: Work, harm: Harm | None = None, times: int = 0) -> list[int]:
-        """Give the command until it ends with 0, and do harm at random moments meanwhile."""
+        """Give the command until it ends with 0. Harm is done at random moments: when so many jobs have ended, some
+        seconds later, and once there is something to do it to."""
         ended: list[int] = []
-        gap = self.took / (times + 1)
+        moments = sorted(work.rng.uniform(0, self.jobs - 1) for _ in range(times))
         while len(ended) < _CALLS:
             started, begun = work.start(), time.monotonic()
+            late = work.rng.uniform(0, _LATE)
             while started.poll() is None and time.monotonic() - begun < _LONGEST:
-                until = time.monotonic() + work.rng.uniform(0.4, 1.4) * gap
-                while started.poll() is None and time.monotonic() < until:
-                    time.sleep(0.1)
-                while harm and times and started.poll() is None:
-                    if what := harm(self, work, started):
-                        times -= 1
-                        work.trial.harms.append(what)
-                        break
-                    time.sleep(0.1)
+                time.sleep(0.5)
+                if not harm or not moments or work.said.count("Finished jobid") < moments[0]:
+                    continue
+                late -= 0.5
+                if late < 0 and work.jobs() and (what := harm(self, work, started)):
+                    work.trial.harms.append(what)
+                    moments.pop(0)
+                    late = work.rng.uniform(0, _LATE)
             if started.poll() is None:
                 started.kill()
             ended.append(started.wait())
@@ -391,7 +396,8 @@ class Bench:
         except Exception as error:  # noqa: BLE001 - of this fault alone
             one.ended, one.line = [1], repr(error)
         one.survived = one.ended[-1] == 0
-        one.told = "Traceback" not in work.said
+        # Tracebacks of Snakemake's own, of a ctrl-C while it starts, are not medseg's.
+        one.told = f'File "{ROOT}/medseg/' not in work.said
         try:
             found = work.digests()
             one.lost += work.lost()
@@ -402,6 +408,7 @@ class Bench:
         one.half_written, one.left_over = checks.broken(work.results), checks.left_over(work.results)
         one.seconds = time.monotonic() - begun
         self.trials.append(one)
+        self.record()
         good = one.survived and one.identical and one.told and not (one.half_written or one.left_over or one.lost)
         say(f"{fault}: {len(one.harms)} harms, ended {one.ended}, {one.seconds:.0f} s{'' if good else ' BAD'}")
         if not good:
@@ -410,6 +417,15 @@ class Bench:
             umount(work.results)
         if good or not self.options.keep:
             shutil.rmtree(work.folder)
+
+    def record(self) -> list[dict]:
+        """What came of those that have ended; kept."""
+        trials = sorted((asdict(one) for one in self.trials), key=lambda one: FAULTS.index(one["fault"]))
+        told = {name: getattr(self.options, name) for name in ("seed", "steps", "cases", "at_once")}
+        told |= {"undisturbed_seconds": round(self.took, 1), "seconds": round(time.monotonic() - self.begun, 1)}
+        if self.options.output:
+            self.options.output.write_text(json.dumps({"format": 1, **told, "trials": trials}, indent=1))
+        return trials
 
 
 def table(trials: list[dict]) -> str:
@@ -429,18 +445,13 @@ def table(trials: list[dict]) -> str:
 
 def measure(options: argparse.Namespace, base: Path) -> int:
     """All faults that are asked for; 1 where one was not survived as it should be."""
-    begun = time.monotonic()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background has ignored
     with Slurm(base / "slurm") as slurm:
         bench = Bench(base, slurm, options)
         bench.undisturbed()
         with ThreadPoolExecutor(options.at_once) as pool:
             list(pool.map(bench.suffer, options.fault or FAULTS))
-    trials = sorted((asdict(one) for one in bench.trials), key=lambda one: FAULTS.index(one["fault"]))
-    found = {"format": 1, "seed": options.seed, "steps": options.steps, "cases": options.cases}
-    found |= {"undisturbed_seconds": round(bench.took, 1), "seconds": round(time.monotonic() - begun, 1)}
-    if options.output:
-        options.output.write_text(json.dumps(found | {"trials": trials}, indent=1))
+    trials = bench.record()
     print(table(trials))
     good, bad = ("survived", "identical", "told"), ("half_written", "left_over", "lost")
     return int(not all(all(one[k] for k in good) and not any(one[k] for k in bad) for one in trials))
@@ -454,7 +465,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40, help="of each training")
     parser.add_argument("--cases", type=int, default=20, help="of each task")
     parser.add_argument(
-        "--at-once", type=int, default=4, help="so many of them side by side: SLURM lets a requeued job wait"
+        "--at-once", type=int, default=6, help="so many of them side by side: SLURM lets a requeued job wait"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="the folders of what went wrong")
