@@ -217,7 +217,7 @@ def dated(bench: "Bench", work: Work, started: subprocess.Popen[str]) -> str:
 
 
 def daemons_killed(bench: "Bench", work: Work, _: object) -> str:
-    """slurmctld and slurmd killed, back after seconds"""
+    """SLURM: slurmd killed, slurmctld stopped, back after seconds"""
     rules = " ".join(rule for _, rule in work.jobs()) or "no job"
     with bench.slurm.dead():
         time.sleep(work.rng.uniform(1, 5))
@@ -412,7 +412,7 @@ class Bench:
         good = one.survived and one.identical and one.told and not (one.half_written or one.left_over or one.lost)
         say(f"{fault}: {len(one.harms)} harms, ended {one.ended}, {one.seconds:.0f} s{'' if good else ' BAD'}")
         if not good:
-            say(json.dumps(asdict(one), indent=1))
+            say(json.dumps(asdict(one) | {"differ": one.differ[:20]}, indent=1))
         if os.path.ismount(work.results):
             umount(work.results)
         if good or not self.options.keep:

@@ -107,11 +107,13 @@ class Slurm:
 
     @contextlib.contextmanager
     def dead(self) -> Iterator[None]:
-        """Both daemons are killed, and started again; jobs run on."""
-        for _ in range(2):
-            process = self._own.pop()
-            process.kill()
-            process.wait()
+        """The node's daemon is killed and the controller stopped, and both are started again; jobs run on. (A
+        controller that is killed forgets its last jobs, gives their numbers anew, and SLURM drains the node.)"""
+        node, controller = self._own.pop(), self._own.pop()
+        node.kill()
+        controller.send_signal(signal.SIGTERM)
+        for process in (node, controller):
+            process.wait(20)
         yield
         self._start("slurmctld", "-D")
         self._start("slurmd", "-D")
