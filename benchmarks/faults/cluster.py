@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import checks
-from measure import as_table, kill, mount, own_namespace, say, umount
+from measure import kill, mount, own_namespace, say, umount
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
@@ -430,17 +430,14 @@ class Bench:
 
 def table(trials: list[dict]) -> str:
     """Markdown: a line for each fault; how often harm was done and the command given beside what came of it."""
-    lines = as_table(trials, {}).splitlines()
-    done = {one["fault"]: (len(one["harms"]), len(one["ended"])) for one in trials}
-    done["**all**"] = tuple(map(sum, zip(*done.values(), strict=True)))
-    heads = {"fault": ("harms", "commands"), "---": ("---:", "---:")}
-    out = []
-    for line in lines:
-        name, _, rest = [part.strip() for part in line.strip("|").split("|", 2)]
-        first = {"fault": "fault", "---": "---"}.get(name, name)
-        more = heads.get(name) or done[name]
-        out.append(f"| {first} | {' | '.join(map(str, more))} |{rest.rstrip('|')}|")
-    return "\n".join(out)
+    heads = ("fault", "harms", "commands", "survived", "identical", "half written", "left over", "lost without a word")
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for one in trials:
+        counts = (len(one["harms"]), len(one["ended"]))
+        good = ("yes" if one[key] else "**no**" for key in ("survived", "identical"))
+        bad = (len(one[key]) for key in ("half_written", "left_over", "lost"))
+        lines.append(f"| {one['fault']} | {' | '.join(map(str, (*counts, *good, *bad)))} |")
+    return "\n".join(lines)
 
 
 def measure(options: argparse.Namespace, base: Path) -> int:
