@@ -278,7 +278,7 @@ def out_of_memory(bench: "Bench", work: Work) -> list[int]:
     # A model has its plan beside it, cost and all.
     for path in work.results.rglob("model/plan.json"):
         path.write_bytes((bench.base / "undisturbed" / path.relative_to(work.folder)).read_bytes())
-    work.trial.harms += [f"{count} trainings ended for memory" for count in [work.said.count("OUT_OF_ME")] if count]
+    work.trial.harms += ["a training was given too little, and tried again"] * work.said.count("Trying to restart job")
     return statuses
 
 
