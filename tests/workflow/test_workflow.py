@@ -60,6 +60,24 @@ def test_tasks_go_in_and_reports_come_out_and_a_second_call_has_nothing_to_do(co
     assert "Nothing to be done" in snakemake(*use, folder=configured)
 
 
+def test_a_run_goes_on_although_its_files_are_from_the_future(configured):
+    """Of an input from the future Snakemake takes what is made from it to be older, and throws it away."""
+    use = ("--configfile", "config.json")
+    snakemake(*use, folder=configured)
+    results = configured / "results"
+    weights = {path: path.read_bytes() for path in results.rglob("*.safetensors")}
+    for path in results.rglob("*"):
+        os.utime(path, (time.time() + 3e8,) * 2)
+    lost = results / "Task98_Tiny" / "2d" / "fold0" / "predictions" / "predictions.json"
+    lost.unlink()
+    (results / "Task98_Tiny" / "report.html").unlink()
+    (results / "Task98_Tiny" / "2d" / "fold0" / "metrics.json").unlink()
+    assert "were dated in the future, and are dated now" in snakemake(*use, folder=configured)
+    assert lost.exists()
+    assert weights == {path: path.read_bytes() for path in results.rglob("*.safetensors")}
+    assert all(path.stat().st_mtime < time.time() + 1 for path in results.rglob("*") if path.is_file())
+
+
 def test_an_edited_plan_is_trained_anew_and_the_rest_is_kept(configured):
     use = ("--configfile", "config.json")
     snakemake(*use, folder=configured)
