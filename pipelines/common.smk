@@ -1,5 +1,6 @@
 # What the rules share: the configuration, checked; which tasks there are; how many cores a job takes.
 
+import contextlib
 import difflib
 import json
 import os
@@ -219,15 +220,19 @@ def asked_of(job):
 
 def present():
     """Date what lies in the future now, as a clock that was wrong left it: of such a file Snakemake takes all that is made
-    from it to be older, and throws it away. Contents stay; scans of an archive and tasks of others are not looked at."""
-    now, ahead = time.time(), []
+    from it to be older, and throws it away. Contents stay; an archive's shards and tasks of others are not looked at."""
+    now, dated = time.time(), 0
     for folder, names, files in os.walk(RESULTS):
-        names[:] = [name for name in names if os.path.join(folder, name) != f"{RESULTS}/archive"]
-        ahead += [path for path in (os.path.join(folder, file) for file in files) if os.lstat(path).st_mtime > now + 1]
-    for path in ahead:
-        os.utime(path, (now, now), follow_symlinks=False)
-    if ahead:
-        print(f"medseg: {len(ahead)} files in {RESULTS} were dated in the future, and are dated now", file=sys.stderr)
+        if folder == RESULTS and "archive" in names:
+            names.remove("archive")
+        for path in (os.path.join(folder, file) for file in files):
+            # A job of an earlier start may take it away, and what cannot be written the preflight tells.
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_mtime > now + 1:
+                    os.utime(path, (now, now), follow_symlinks=False)
+                    dated += 1
+    if dated:
+        print(f"medseg: {dated} files in {RESULTS} were dated in the future, and are dated now", file=sys.stderr)
 
 
 def preflight():

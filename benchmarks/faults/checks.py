@@ -4,12 +4,35 @@ import csv
 import gzip
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from PIL import Image
 from safetensors import safe_open
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What came of a harm: whether the same command went on and came to the same files, and all that was amiss."""
+
+    told: bool = True
+    line: str = ""
+    survived: bool = True
+    identical: bool = True
+    differ: list[str] = field(default_factory=list)
+    half_written: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is."""
+        good = self.survived and self.identical and self.told
+        return good and not (self.half_written or self.left_over or self.lost)
+
 
 # What each stage leaves and must leave again, bit for bit. Not among them: what holds seconds or versions of a clock
 # (package.json, sidecars, logs, pages), which are only looked at for being whole.

@@ -45,28 +45,19 @@ _LATE = 12.0
 
 
 @dataclass
-class Trial:
+class Trial(checks.Found):
     """One fault: what was done to the workflow and when, how often the command was given, and what came of it."""
 
     fault: str
     harms: list[str] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
-    told: bool = True
-    line: str = ""
-    survived: bool = True
-    identical: bool = True
-    differ: list[str] = field(default_factory=list)
-    half_written: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Work:
     """The workflow in a folder of its own."""
 
-    def __init__(self, folder: Path, fault: str, options: argparse.Namespace) -> None:
-        self.folder, self.results = folder, folder / "results"
+    def __init__(self, folder: Path, fault: str, slurm: Slurm, options: argparse.Namespace) -> None:
+        self.folder, self.results, self.slurm = folder, folder / "results", slurm
         self.trial, self.rng = Trial(fault), random.Random(f"{options.seed} {fault}")
         self.results.mkdir(parents=True)
         shutil.copytree(ROOT / "profiles" / "slurm", folder / "profile")
@@ -128,7 +119,7 @@ class Work:
 
 # ---- harms: what is done at a random moment, in words; nothing where there was nothing to do it to -------------------
 
-Harm = Callable[["Bench", Work, subprocess.Popen[str]], str]
+Harm = Callable[[Work, subprocess.Popen[str]], str]
 
 
 def some_job(work: Work) -> tuple[str, str] | None:
@@ -136,7 +127,7 @@ def some_job(work: Work) -> tuple[str, str] | None:
     return work.rng.choice(jobs) if jobs else None
 
 
-def killed_job(bench: "Bench", work: Work, _: object) -> str:
+def killed_job(work: Work, _: object) -> str:
     """a job's process killed"""
     if (job := some_job(work)) and (processes := list(work.processes(job[0]))):
         with contextlib.suppress(ProcessLookupError):
@@ -145,14 +136,14 @@ def killed_job(bench: "Bench", work: Work, _: object) -> str:
     return ""
 
 
-def requeued(bench: "Bench", work: Work, _: object) -> str:
+def requeued(work: Work, _: object) -> str:
     """requeued"""
     if (job := some_job(work)) and subprocess.run(["scontrol", "requeue", job[0]]).returncode == 0:
         return job[1]
     return ""
 
 
-def preempted(bench: "Bench", work: Work, _: object) -> str:
+def preempted(work: Work, _: object) -> str:
     """preempted"""
     if not (jobs := work.jobs()):
         return ""
@@ -163,13 +154,13 @@ def preempted(bench: "Bench", work: Work, _: object) -> str:
     return " ".join(rule for _, rule in jobs)
 
 
-def cancelled(bench: "Bench", work: Work, _: object) -> str:
+def cancelled(work: Work, _: object) -> str:
     """cancelled"""
     job = some_job(work)
     return job[1] if job and subprocess.run(["scancel", job[0]]).returncode == 0 else ""
 
 
-def out_of_time(bench: "Bench", work: Work, _: object) -> str:
+def out_of_time(work: Work, _: object) -> str:
     """hung, and out of time"""
     job = some_job(work)
     if not job or subprocess.run(["scontrol", "update", f"JobId={job[0]}", "TimeLimit=1"]).returncode:
@@ -183,19 +174,19 @@ def out_of_time(bench: "Bench", work: Work, _: object) -> str:
     return job[1]
 
 
-def interrupted(bench: "Bench", work: Work, started: subprocess.Popen[str]) -> str:
+def interrupted(work: Work, started: subprocess.Popen[str]) -> str:
     """Snakemake: ctrl-C"""
     started.send_signal(signal.SIGINT)
     return ended_by(work, started)
 
 
-def terminated(bench: "Bench", work: Work, started: subprocess.Popen[str]) -> str:
+def terminated(work: Work, started: subprocess.Popen[str]) -> str:
     """Snakemake: SIGTERM"""
     started.send_signal(signal.SIGTERM)
     return ended_by(work, started)
 
 
-def killed(bench: "Bench", work: Work, started: subprocess.Popen[str]) -> str:
+def killed(work: Work, started: subprocess.Popen[str]) -> str:
     """Snakemake: killed, its jobs run on"""
     started.kill()
     return ended_by(work, started)
@@ -207,24 +198,24 @@ def ended_by(work: Work, started: subprocess.Popen[str]) -> str:
     return rules
 
 
-def dated(bench: "Bench", work: Work, started: subprocess.Popen[str]) -> str:
+def dated(work: Work, started: subprocess.Popen[str]) -> str:
     """clock jumps (ctrl-C, all files from 1971 or in ten years)"""
-    interrupted(bench, work, started)
+    interrupted(work, started)
     when = work.rng.choice((365 * 86400, time.time() + 10 * 365 * 86400))
     for path in work.results.rglob("*"):
         os.utime(path, (when, when))
     return "1971" if when < time.time() else "in ten years"
 
 
-def daemons_killed(bench: "Bench", work: Work, _: object) -> str:
+def daemons_killed(work: Work, _: object) -> str:
     """SLURM: slurmd killed, slurmctld stopped, back after seconds"""
     rules = " ".join(rule for _, rule in work.jobs()) or "no job"
-    with bench.slurm.dead():
+    with work.slurm.dead():
         time.sleep(work.rng.uniform(1, 5))
     return rules
 
 
-def disk_full(bench: "Bench", work: Work, _: object) -> str:
+def disk_full(work: Work, _: object) -> str:
     """disk full"""
     there = os.statvfs(work.results)
     used = (there.f_blocks - there.f_bfree) * there.f_frsize
@@ -235,7 +226,7 @@ def disk_full(bench: "Bench", work: Work, _: object) -> str:
     return f"room for {more // 1024} KiB"
 
 
-def read_only(bench: "Bench", work: Work, _: object) -> str:
+def read_only(work: Work, _: object) -> str:
     """read-only results"""
     mount("--bind", work.results, work.results)
     mount("-o", "remount,bind,ro", work.results)
@@ -244,7 +235,7 @@ def read_only(bench: "Bench", work: Work, _: object) -> str:
     return "read-only"
 
 
-def vanishing(bench: "Bench", work: Work, _: object) -> str:
+def vanishing(work: Work, _: object) -> str:
     """results not mounted for a while"""
     mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", work.results)  # an empty folder where they were
     held(work)
@@ -350,7 +341,7 @@ class Bench:
         self.begun = time.monotonic()
 
     def undisturbed(self) -> None:
-        work, begun = Work(self.base / "undisturbed", "none", self.options), time.monotonic()
+        work, begun = Work(self.base / "undisturbed", "none", self.slurm, self.options), time.monotonic()
         if work.start().wait(_LONGEST):
             raise SystemExit(work.said[-6000:])
         self.whole, self.took = work.digests(), time.monotonic() - begun
@@ -372,7 +363,7 @@ class Bench:
                 if not harm or not moments or work.said.count("Finished jobid") < moments[0]:
                     continue
                 late -= 0.5
-                if late < 0 and work.jobs() and (what := harm(self, work, started)):
+                if late < 0 and work.jobs() and (what := harm(work, started)):
                     work.trial.harms.append(what)
                     moments.pop(0)
                     late = work.rng.uniform(0, _LATE)
@@ -387,7 +378,7 @@ class Bench:
 
     def suffer(self, fault: str) -> None:
         begun = time.monotonic()
-        work = Work(self.base / f"fault{FAULTS.index(fault)}", fault, self.options)
+        work = Work(self.base / f"fault{FAULTS.index(fault)}", fault, self.slurm, self.options)
         one = work.trial
         if fault in ON_TMPFS:
             mount("-t", "tmpfs", "-o", "size=2g", "tmpfs", work.results)
@@ -409,13 +400,12 @@ class Bench:
         one.seconds = time.monotonic() - begun
         self.trials.append(one)
         self.record()
-        good = one.survived and one.identical and one.told and not (one.half_written or one.left_over or one.lost)
-        say(f"{fault}: {len(one.harms)} harms, ended {one.ended}, {one.seconds:.0f} s{'' if good else ' BAD'}")
-        if not good:
+        say(f"{fault}: {len(one.harms)} harms, ended {one.ended}, {one.seconds:.0f} s{'' if one.sound else ' BAD'}")
+        if not one.sound:
             say(json.dumps(asdict(one) | {"differ": one.differ[:20]}, indent=1))
         if os.path.ismount(work.results):
             umount(work.results)
-        if good or not self.options.keep:
+        if one.sound or not self.options.keep:
             shutil.rmtree(work.folder)
 
     def record(self) -> list[dict]:
@@ -450,8 +440,7 @@ def measure(options: argparse.Namespace, base: Path) -> int:
             list(pool.map(bench.suffer, options.fault or FAULTS))
     trials = bench.record()
     print(table(trials))
-    good, bad = ("survived", "identical", "told"), ("half_written", "left_over", "lost")
-    return int(not all(all(one[k] for k in good) and not any(one[k] for k in bad) for one in trials))
+    return int(not all(one.sound for one in bench.trials))
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import checks
@@ -64,22 +64,13 @@ class Ended:
 
 
 @dataclass
-class Trial:
+class Trial(checks.Found):
     """One harm and what came of it."""
 
     fault: str
     stage: str
     what: str
     ended: int = 0
-    told: bool = True
-    line: str = ""
-    survived: bool = True
-    identical: bool = True
-    differ: list[str] = field(default_factory=list)
-    half_written: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Bench:
@@ -192,7 +183,8 @@ class Bench:
         begun = time.monotonic()
         folder = self.fresh(stage, folder)
         ended = harm(folder)
-        one = Trial(fault, stage, what, ended.status, ended.told or ended.status in silent, ended.line)
+        told = ended.told or ended.status in silent
+        one = Trial(fault, stage, what, ended.status, told=told, line=ended.line)
         if not one.told:
             one.line = ended.said[-1500:]
         one.half_written = checks.broken(folder)
@@ -217,7 +209,7 @@ class Bench:
 
     def add(self, one: Trial) -> None:
         self.trials.append(one)
-        bad = not (one.survived and one.identical and one.told) or one.half_written or one.left_over or one.lost
+        bad = not one.sound
         say(
             f"{one.fault}, {one.stage}, {one.what}: ended {one.ended}{'' if one.told else ' WITHOUT A WORD'}, "
             f"{one.seconds:.0f} s"
@@ -563,7 +555,8 @@ def corrupt(bench: Bench) -> None:
     nib.save(nib.Nifti1Image(label.get_fdata().astype("uint8"), affine), moved)
 
     def note(stage: str, what: str, ended: Ended, *, lost: Iterable[str], right: bool) -> None:
-        one = Trial(fault, stage, what, ended.status, ended.told, ended.line[:300], survived=right, lost=sorted(lost))
+        one = Trial(fault, stage, what, ended.status, told=ended.told, line=ended.line[:300])
+        one.survived, one.lost = right, sorted(lost)
         one.half_written, one.left_over = checks.broken(folder / "run"), checks.left_over(folder)
         one.seconds = ended.seconds
         bench.add(one)
@@ -648,7 +641,8 @@ def workflow(bench: Bench, fault: str, before: tuple[str, ...], env: dict[str, s
             check=False,
         )
         run = folder / "results" / TASK
-        one = Trial(fault, "all", what, done.returncode, done.returncode == 0, survived=done.returncode == 0)
+        ended = done.returncode
+        one = Trial(fault, "all", what, ended, told=ended == 0, survived=ended == 0)
         if done.returncode:
             one.line = done.stdout[-1500:]
         found = checks.digests(run, ("plan", "preprocess", "train", "predict", "evaluate", "report"))
@@ -731,9 +725,7 @@ def measure(options: argparse.Namespace, base: Path) -> int:
         options.output.write_text(json.dumps(found | {"trials": trials}, indent=1))
     print(as_table(trials, bench.skipped))
     say(f"{len(trials)} trials in {time.monotonic() - begun:.0f} s")
-    good = ("survived", "identical", "told")
-    bad = ("half_written", "left_over", "lost")
-    return int(not all(all(one[k] for k in good) and not any(one[k] for k in bad) for one in trials))
+    return int(not all(one.sound for one in bench.trials))
 
 
 def main() -> int:

@@ -167,7 +167,9 @@ class Cost(Strict):
 class Watching(Strict):
     """How a run looks at what it learns: ``times``, evenly spread and the last at its end, it predicts so
     many held-out ``cases``; with 0 of either it shows its loss only. Once trained it is calibrated on
-    ``calibrated`` of them, with 0 not at all. Where there are fewer, on those that there are."""
+    ``calibrated`` of them, with 0 not at all. Where there are fewer, on those that there are. Each engine is
+    then compared with torch on so many tiles (``compared``). All is counted and nothing timed, so that a run that
+    is repeated comes to the same."""
 
     times: Annotated[int, Field(ge=0, le=1000)] = 10
     cases: Annotated[int, Field(ge=0, le=1000)] = 8
