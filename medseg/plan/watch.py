@@ -84,9 +84,10 @@ class Pace:
         """Where nobody budgets: the usual validation, and as much else as a training of so many steps bears."""
         training = steps * self.step
         allowed = max(_SECONDS, _SHARE * (training + self._validation(steps, Watching())))
-        value = Watching(
-            calibrated=self._calibrated(allowed, min(_THREE, self.held_out)), compared=self._compared(training)
-        )
+        calibrated = self._calibrated(allowed, min(_THREE, self.held_out))
+        if self._calibration(calibrated) <= allowed and calibrated == self.held_out:
+            calibrated = Watching().calibrated  # all that there are: other folds may hold out more than is reckoned
+        value = Watching(calibrated=calibrated, compared=self._compared(training))
         reason = (
             f"no budget, so the usual validation; calibration takes at most {allowed:.3g} s, but {_THREE} cases, of "
             f"which one is reckoned at {self.whole:.3g} s"
