@@ -235,6 +235,12 @@ def present():
         print(f"medseg: {dated} files in {RESULTS} were dated in the future, and are dated now", file=sys.stderr)
 
 
+def comment_of(job):
+    """What the jobs of the same work have as a comment in SLURM, as Snakemake's executor writes it."""
+    wildcards = "_".join(job.wildcards).replace("/", "_")
+    return f"rule_{job.rule.name}_wildcards_{wildcards}" if wildcards else f"rule_{job.rule.name}"
+
+
 def preflight():
     """Stop before anything starts, where something will keep it from ending."""
     present()
@@ -245,7 +251,10 @@ def preflight():
                 f"medseg: jobs run on other machines, and {key} is taken from this one. Say {words}, in the profile's "
                 "medseg.yaml or by --config. Nothing was started."
             )
-    jobs = {json.dumps(asked_of(job)) for job in workflow.dag.needrun_jobs() if not (job.is_group() or job.is_local)}
+    submitted = [job for job in workflow.dag.needrun_jobs() if not (job.is_group() or job.is_local)]
+    jobs = {json.dumps(asked_of(job)) for job in submitted}
+    # The name of all jobs of a start. No other start is at these works now: Snakemake locks what they make.
+    starts, start = Path(RESULTS, "logs", "slurm-starts.txt"), getattr(workflow.scheduler._executor, "run_uuid", "")
     made = Path(RESULTS).resolve()
     wanted = {
         "results": RESULTS,
@@ -253,10 +262,16 @@ def preflight():
         "slurm": workflow.non_local_exec and "slurm" in str(workflow.executor_plugin.name),
         "ask_nodes": config["ask_nodes"],
         "jobs": [json.loads(job) for job in sorted(jobs)],
+        "starts": starts.read_text().split() if starts.is_file() else [],
+        "works": sorted({comment_of(job) for job in submitted}),
     }
     asked = subprocess.run([sys.executable, "-m", "medseg", "preflight"], input=json.dumps(wanted), text=True)
     if asked.returncode:
         raise WorkflowError("medseg: nothing was started.")
+    if start:
+        starts.parent.mkdir(parents=True, exist_ok=True)
+        with starts.open("a") as record:
+            record.write(f"{start}\n")
 
 
 def reports():

@@ -30,17 +30,35 @@ def preflight(wanted: TextIO, room: int) -> None:
 
     WANTED is JSON: the folders and the jobs. Asked are: results and scratch can be written and have room, quota
     included; tasks can be read; and of a SLURM cluster, that its partitions are there and have a node that each
-    job fits, and that nodes see the folders.
+    job fits, and that nodes see the folders. Jobs that an earlier start of the same work left to SLURM are withdrawn
+    where they wait, and where they run, not started once more.
     """
     from medseg.io.cluster import read_wanted
 
     asked = read_wanted(wanted.read())
     found = [*_folders(asked, room), *(_cluster(asked) if asked.slurm else ())]
+    if not found:
+        _earlier(asked)
     for text in found[:20]:
         click.echo(f"medseg: {text}", err=True)
     if len(found) > 20:
         click.echo(f"medseg: and {len(found) - 20} more", err=True)
     sys.exit(2 if found else 0)
+
+
+def _earlier(asked: Wanted) -> None:
+    """Settle with the jobs that an earlier start left, since they would write what this one's jobs write."""
+    from medseg.io.cluster import part_with
+
+    if not (asked.slurm and asked.starts):
+        return
+    withdrawn, running = part_with(asked.starts, asked.works)
+    if withdrawn:
+        jobs = f"{count(len(withdrawn), 'job')} of an earlier start ({', '.join(sorted(withdrawn))})"
+        click.echo(f"medseg: withdrawn: {jobs}, before its turn", err=True)
+    if running:
+        jobs = f"{count(len(running), 'job')} of an earlier start ({', '.join(sorted(running))})"
+        click.echo(f"medseg: waited for: {jobs}, still at work", err=True)
 
 
 def _folders(asked: Wanted, room: int) -> Iterator[str]:

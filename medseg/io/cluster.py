@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from medseg.core.errors import InputError, MedsegError
 from medseg.core.words import count
 
 _PATIENCE = 30  # seconds for one of SLURM's programs
+_PARTING = 120  # seconds for what is withdrawn to be gone; SLURM gives a job 30 to end
 _AT_ONCE = 16
 
 
@@ -35,7 +38,8 @@ class Job(BaseModel):
 
 class Wanted(BaseModel):
     """What a workflow is about to do: its ``jobs``, ``slurm`` whether SLURM runs them,
-    ``tasks`` and ``results`` its folders, ``ask_nodes`` how many nodes of each partition to ask."""
+    ``tasks`` and ``results`` its folders, ``ask_nodes`` how many nodes of each partition to ask. ``starts`` are the
+    names that earlier starts gave to all their jobs, ``works`` the comments that the jobs of this one will have."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,6 +48,8 @@ class Wanted(BaseModel):
     slurm: bool = False
     ask_nodes: int = Field(default=0, ge=0)
     jobs: list[Job] = []
+    starts: frozenset[str] = frozenset()
+    works: frozenset[str] = frozenset()
 
 
 def read_wanted(text: str) -> Wanted:
@@ -211,6 +217,63 @@ def _ask(node: str, partition: str, account: str, paths: Sequence[Path]) -> list
         return None
     lines = ran.stdout.splitlines()
     return lines[:-1] if lines[-1:] == ["looked"] else None
+
+
+@dataclass(frozen=True)
+class Left:
+    """A job that an earlier start left to SLURM."""
+
+    number: str
+    state: str
+
+    @property
+    def waits(self) -> bool:
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+
+def left(starts: Collection[str], works: Collection[str]) -> list[Left]:
+    """This user's jobs that an earlier start submitted for the same work. Raises MedsegError where SLURM is silent."""
+    if not starts:
+        return []
+    return read_left(_told("squeue", "--me", "--noheader", "--format", "%i|%j|%T|%k"), starts, works)
+
+
+def read_left(told: str, starts: Collection[str], works: Collection[str]) -> list[Left]:
+    """What ``squeue`` printed: a line for each job, of number, name, state and comment."""
+    lines = [line.strip().split("|", 3) for line in told.splitlines() if line.count("|") >= 3]
+    return [Left(number, state) for number, name, state, work in lines if name in starts and work in works]
+
+
+def part_with(starts: Collection[str], works: Collection[str]) -> tuple[set[str], set[str]]:
+    """The numbers of the jobs that earlier starts left and that are withdrawn now, and of those that run on.
+
+    Who waits is withdrawn, or it would do later, and anew, what this start has done by then; who runs is kept from
+    being requeued, since it would wait once more. Raises MedsegError where that does not come to an end."""
+    withdrawn: set[str] = set()
+    end = time.monotonic() + _PARTING
+    while True:
+        jobs = left(starts, works)
+        waiting = {job.number for job in jobs if job.waits}
+        # Whether it is requeued only its end tells.
+        ending = {job.number for job in jobs if job.state == "COMPLETING"}
+        running = {job.number for job in jobs} - waiting - ending
+        for number in waiting:
+            _ask_for("scancel", number)
+        for number in running:
+            _ask_for("scontrol", "update", f"JobId={number}", "Requeue=0")
+        withdrawn |= waiting
+        if not waiting | ending:
+            return withdrawn, running
+        if time.monotonic() > end:
+            numbers = " ".join(sorted(waiting | ending))
+            raise MedsegError(f"jobs of an earlier start do not end. See to it (scancel {numbers}), and start again.")
+        time.sleep(1)
+
+
+def _ask_for(*command: str) -> None:
+    """Of a job, which may have ended meanwhile: whether it was done, the next look tells."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=False)  # noqa: S603
 
 
 def _told(*command: str) -> str:

@@ -229,17 +229,50 @@ def interrupted(work: Workflow) -> None:
 
 
 def killed(work: Workflow) -> None:
-    """Snakemake, by SIGKILL: its job runs on, and the one of the next start waits for it."""
+    """Snakemake, by SIGKILL: its job runs on, and the one of the next start waits for it. It is not requeued, or it
+    would remove what it made and make it again, when others work with it."""
+    first = left_alone(work)
+    again = work.start()
+    parted = rf"(withdrawn|waited for): 1 job of an earlier start \({first}\)"
+    how = until(lambda: found[1] if (found := re.search(parted, work.said)) else None, lambda: work.said[-6000:])
+    # Where it was preempted before the next start, it waited.
+    assert how == "withdrawn" or "Requeue=0" in shown(first)
+    assert again.wait(PATIENCE) == 0, work.said[-6000:]
+    assert first not in run("squeue", "-h", "-o", "%i").split()
+
+
+def killed_and_requeued(work: Workflow) -> None:
+    """Its job waits again when the next start comes, which withdraws it: nobody waits for what has not begun."""
+    first = left_alone(work)
+
+    def held() -> str | None:
+        for verb in ("requeuehold", "hold"):  # whether it was preempted meanwhile or not
+            subprocess.run(["scontrol", verb, first], capture_output=True)
+        return first if f"{first} PENDING" in run("squeue", "-h", "-o", "%i %T") else None
+
+    until(held, lambda: shown(first))
+    work.finish()
+    assert f"withdrawn: 1 job of an earlier start ({first})" in work.said
+    assert first not in run("squeue", "-h", "-o", "%i").split()
+
+
+def left_alone(work: Workflow) -> str:
+    """The number of a training's job whose Snakemake was killed."""
     started = work.start()
     first = work.job()
     started.kill()
     started.wait()
-    assert f"{first} RUNNING" in run("squeue", "-h", "-o", "%i %T")
+    assert first in run("squeue", "-h", "-o", "%i").split()
     work.finish("--unlock")
-    work.finish()
+    return first
 
 
-FAULTS = (requeued, preempted, out_of_time, out_of_memory, cancelled, interrupted, killed)
+def shown(job: str) -> str:
+    """What SLURM knows of it, a while after its end too."""
+    return run("scontrol", "show", "job", job)
+
+
+FAULTS = (requeued, preempted, out_of_time, out_of_memory, cancelled, interrupted, killed, killed_and_requeued)
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +302,9 @@ def test_what_is_disturbed_ends_as_what_is_not(faults: dict[str, object], undist
     assert not list(found.run.rglob("*.part"))
 
 
-def test_a_second_call_has_nothing_to_do(faults: dict[str, object]) -> None:
-    found = faults["killed"]
+@pytest.mark.parametrize("fault", ["killed", "killed_and_requeued"])
+def test_a_second_call_has_nothing_to_do(faults: dict[str, object], fault: str) -> None:
+    found = faults[fault]
     assert isinstance(found, Workflow)
     found.finish("--dry-run")
     assert "Nothing to be done" in found.said

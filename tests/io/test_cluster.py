@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medseg.io.cluster import Job, faults, read_partitions
+from medseg.io.cluster import Job, Left, faults, read_left, read_partitions
 
 # As sinfo 22.05 and 24.11 print it: partition, time limit, cores, megabytes, resources, state, node.
 TOLD = """\
@@ -83,3 +83,30 @@ def test_one_fault_is_told_once_for_all_jobs_alike() -> None:
 def test_a_cluster_without_a_default_partition_wants_one_named() -> None:
     (found,) = faults([job()], read_partitions(TOLD.replace("*|2-", "|2-")))
     assert "names no partition" in found
+
+
+# As squeue prints it: number, name, state, comment; names are those of a start, and a comment may be of anything.
+LEFT = """\
+11|first|RUNNING|rule_train_wildcards_Task01_3d_0
+12_[3-5]|first|PENDING|rule_train_wildcards_Task01_3d_1
+13|first|PENDING|rule_train_wildcards_Task02_3d_0
+14|other|PENDING|rule_train_wildcards_Task01_3d_0
+15|second|COMPLETING|rule_plan_wildcards_a|b
+16|second|REQUEUE_HOLD|rule_report
+
+17|bash|RUNNING|
+"""
+
+
+def test_only_jobs_of_an_earlier_start_and_of_the_same_work_are_left() -> None:
+    works = {f"rule_{work}" for work in ("train_wildcards_Task01_3d_0", "train_wildcards_Task01_3d_1", "report")}
+    found = read_left(LEFT, {"first", "second"}, works | {"rule_plan_wildcards_a|b"})
+    assert found == [
+        Left("11", "RUNNING"),
+        Left("12_[3-5]", "PENDING"),
+        Left("15", "COMPLETING"),
+        Left("16", "REQUEUE_HOLD"),
+    ]
+    assert [job.waits for job in found] == [False, True, False, True]
+    assert not read_left(LEFT, {"third"}, works)
+    assert not read_left(LEFT, {"first", "second"}, set())
