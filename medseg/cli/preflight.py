@@ -91,7 +91,7 @@ def _room(folder: Path, room: int, what: str) -> Iterator[str]:
 
 
 def _cluster(asked: Wanted) -> Iterator[str]:
-    from medseg.io.cluster import ask_nodes, faults, partitions
+    from medseg.io.cluster import ask_nodes, faults, partitions, used
 
     try:
         known = partitions()
@@ -100,6 +100,13 @@ def _cluster(asked: Wanted) -> Iterator[str]:
         return
     found = list(faults(asked.jobs, known))
     yield from found
+    for partition in used(asked.jobs, known):
+        if partition.cancels:
+            click.echo(
+                f"medseg: {partition.name} ends the jobs that it preempts (PreemptMode=CANCEL), and Snakemake does not "
+                "notice: it waits. Then ctrl-C and the same command go on; or name another partition",
+                err=True,
+            )
     if found or not asked.ask_nodes:
         return
     tasks = [task.resolve() / "dataset.json" for task in asked.tasks]

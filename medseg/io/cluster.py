@@ -74,26 +74,29 @@ class NodeKind:
 
 @dataclass
 class Partition:
-    """``minutes``: the longest that a job may take; None where there is no limit."""
+    """``minutes``: the longest that a job may take; None where there is no limit. ``cancels``: whether a job that is
+    preempted is ended, and not started again later."""
 
     name: str
     minutes: int | None
     default: bool
+    cancels: bool = False
     kinds: list[NodeKind] = field(default_factory=list)
 
 
 def partitions() -> dict[str, Partition]:
     """By name. Raises MedsegError where SLURM does not answer."""
-    return read_partitions(_told("sinfo", "--noheader", "--Node", "--format", "%P|%l|%c|%m|%G|%T|%N"))
+    return read_partitions(_told("sinfo", "--noheader", "--Node", "--format", "%P|%l|%c|%m|%G|%T|%N|%M"))
 
 
 def read_partitions(told: str) -> dict[str, Partition]:
     """What ``sinfo`` printed: a line for each node and partition, of partition (its default one with a star), time
-    limit, cores, megabytes, generic resources, state and name."""
+    limit, cores, megabytes, generic resources, state, name and what becomes of preempted jobs."""
     found: dict[str, Partition] = {}
     for line in told.splitlines():
-        name, limit, cores, memory, gres, state, node = (part.strip() for part in line.split("|"))
-        partition = found.setdefault(name.rstrip("*"), Partition(name.rstrip("*"), _minutes(limit), name.endswith("*")))
+        title, limit, cores, memory, gres, state, node, preempted = (part.strip() for part in line.split("|"))
+        name, default, cancels = title.rstrip("*"), title.endswith("*"), "CANCEL" in preempted.upper()
+        partition = found.setdefault(name, Partition(name, _minutes(limit), default, cancels))
         up = () if re.match(r"(down|drain|fail|unk|inval|maint|power_?down)", state, re.IGNORECASE) else (node,)
         partition.kinds.append(NodeKind(_number(cores), _number(memory), _gpus(gres), up))
     return found
@@ -130,6 +133,12 @@ def faults(jobs: Sequence[Job], known: dict[str, Partition]) -> Iterator[str]:
             if text not in told:
                 told.add(text)
                 yield text
+
+
+def used(jobs: Sequence[Job], known: dict[str, Partition]) -> list[Partition]:
+    """The partitions that jobs go to, by name."""
+    names = {job.partition or next((n for n, p in known.items() if p.default), "") for job in jobs}
+    return [known[name] for name in sorted(names & set(known))]
 
 
 def _of_job(job: Job, known: dict[str, Partition], names: str) -> Iterator[str]:
@@ -172,8 +181,7 @@ def ask_nodes(
     """What nodes do not see: faults, how many nodes answered, and how many were too busy. At most so many of each
     partition are asked, each by a job of its own that looks whether the ``paths`` can be read; the first of them, a
     folder, and the node's own temporary folder, whether they can be written."""
-    names = sorted({job.partition or next((n for n, p in known.items() if p.default), "") for job in jobs} & set(known))
-    wanted = [(name, node) for name in names for node in _nodes(known[name])[:most]]
+    wanted = [(partition.name, node) for partition in used(jobs, known) for node in _nodes(partition)[:most]]
     accounts = {job.partition: job.account for job in jobs if job.account}
 
     def ask(one: tuple[str, str]) -> list[str] | None:

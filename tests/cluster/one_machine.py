@@ -25,7 +25,7 @@ ETC = Path("/etc/slurm")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
 _MARK = "# written by medseg's tests\n"
 # More cores than there are, so that several small jobs run at once; a character device stands for a GPU. Memory is
-# looked at each second, and a job that takes more than it asked for is ended.
+# looked at each second, and a job that takes more than it asked for is ended. Only a job that asks for it is requeued.
 _CONF = """{mark}ClusterName=medseg
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -43,6 +43,7 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+JobRequeue=0
 GresTypes=gpu
 ReturnToService=2
 MinJobAge=300
@@ -57,6 +58,7 @@ SlurmdLogFile={folder}/slurmd.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 CoresPerSocket=4 RealMemory=16000 Gres=gpu:1 State=UNKNOWN
 PartitionName=normal Nodes={host} Default=YES MaxTime=120 DefaultTime=10 PriorityTier=1 State=UP
 PartitionName=urgent Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=scavenge Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=1 PreemptMode=CANCEL State=UP
 """
 
 

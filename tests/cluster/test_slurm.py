@@ -135,7 +135,10 @@ def test_a_profile_as_it_is_shipped_names_no_partition(undisturbed: Workflow, tm
     shutil.copy(ROOT / "profiles/slurm/config.yaml", work.folder / "profile" / "config.yaml")
     said = refused(work)
     assert (
-        said.count("the profile names no partition (slurm_partition): write one of these into it: normal, urgent") == 1
+        said.count(
+            "the profile names no partition (slurm_partition): write one of these into it: normal, scavenge, urgent"
+        )
+        == 1
     )
 
 
@@ -160,6 +163,15 @@ def test_a_task_that_a_node_does_not_see(cluster: Slurm, undisturbed: Workflow, 
     work = undisturbed.copy(tmp_path / "work")
     with cluster.without(work.folder / TASK):
         assert f"cannot read {work.folder / TASK / 'dataset.json'}" in refused(work)
+
+
+@pytest.mark.parametrize("partition", ["normal", "urgent", "scavenge"])
+def test_a_partition_that_ends_what_it_preempts_is_told(cluster: Slurm, tmp_path: Path, partition: str) -> None:
+    wanted = {"results": str(tmp_path), "slurm": True, "jobs": [{"rule": "train", "partition": partition}]}
+    command = [sys.executable, "-m", "medseg", "preflight"]
+    told = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert ("scavenge ends the jobs that it preempts" in told.stderr) == (partition == "scavenge")
 
 
 # ---- what happens to a training -----------------------------------------------------------------

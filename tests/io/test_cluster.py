@@ -8,14 +8,14 @@ import pytest
 
 from medseg.io.cluster import Job, Left, faults, read_left, read_partitions
 
-# As sinfo 22.05 and 24.11 print it: partition, time limit, cores, megabytes, resources, state, node.
+# As sinfo 22.05 and 24.11 print it: partition, time limit, cores, megabytes, resources, state, node, preemption.
 TOLD = """\
-cpu*|2-00:00:00|64|256000|(null)|idle|c1
-cpu*|2-00:00:00|64|256000+|(null)|mixed|c2
-gpu|1:30:00|32|128000|gpu:a100:4(S:0-1)|allocated|g1
-gpu|1:30:00|32|64000|gpu:2,lustre:1|drained|g2
-old|infinite|8|16000|gpu:k80:1,gpu:k40:1|idle*|o1
-dark|10:00|8|16000|(null)|down*|d1
+cpu*|2-00:00:00|64|256000|(null)|idle|c1|REQUEUE
+cpu*|2-00:00:00|64|256000+|(null)|mixed|c2|REQUEUE
+gpu|1:30:00|32|128000|gpu:a100:4(S:0-1)|allocated|g1|GANG,SUSPEND
+gpu|1:30:00|32|64000|gpu:2,lustre:1|drained|g2|GANG,SUSPEND
+old|infinite|8|16000|gpu:k80:1,gpu:k40:1|idle*|o1|CANCEL
+dark|10:00|8|16000|(null)|down*|d1|OFF
 """
 
 
@@ -23,6 +23,7 @@ def test_partitions_are_what_sinfo_says() -> None:
     found = read_partitions(TOLD)
     assert {name: one.minutes for name, one in found.items()} == {"cpu": 2880, "gpu": 90, "old": None, "dark": 10}
     assert [name for name, one in found.items() if one.default] == ["cpu"]
+    assert [name for name, one in found.items() if one.cancels] == ["old"]
     assert [(kind.cores, kind.memory_mb, kind.gpus, kind.up) for kind in found["gpu"].kinds] == [
         (32, 128000, 4, ("g1",)),
         (32, 64000, 2, ()),
