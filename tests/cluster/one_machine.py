@@ -21,11 +21,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 ETC = Path("/etc/slurm")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
+BRITTLE = "brittle"
 _MARK = "# written by medseg's tests\n"
 # More cores than there are, so that several small jobs run at once; a character device stands for a GPU. Memory is
 # looked at each second, and a job that takes more than it asked for is ended. Only a job that asks for it is requeued.
+# A second node, to be lost, is the first choice of a partition of its own.
 _CONF = """{mark}ClusterName=medseg
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -50,15 +54,17 @@ MinJobAge=300
 KillWait=5
 OverTimeLimit=0
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmdSpoolDir={folder}/spool
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdSpoolDir={folder}/spool-%n
 StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 CoresPerSocket=4 RealMemory=16000 Gres=gpu:1 State=UNKNOWN
+SlurmdLogFile={folder}/slurmd-%n.log
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 CoresPerSocket=4 RealMemory=16000 Gres=gpu:1 Weight=2 State=UNKNOWN
+NodeName={brittle} NodeHostname={host} NodeAddr=127.0.0.1 Port=16818 CPUs=2 RealMemory=8000 State=UNKNOWN
 PartitionName=normal Nodes={host} Default=YES MaxTime=120 DefaultTime=10 PriorityTier=1 State=UP
 PartitionName=urgent Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=scavenge Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=1 PreemptMode=CANCEL State=UP
+PartitionName={brittle} Nodes={brittle},{host} MaxTime=120 DefaultTime=10 PriorityTier=1 State=UP
 """
 
 
@@ -79,20 +85,22 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.host = socket.gethostname().split(".")[0]
         self._own: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Slurm:
-        host = socket.gethostname().split(".")[0]
-        for name in ("spool", "state"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        host = self.host
+        (self.folder / "state").mkdir(parents=True, exist_ok=True)
         ETC.mkdir(exist_ok=True)
-        (ETC / "slurm.conf").write_text(_CONF.format(mark=_MARK, host=host, folder=self.folder))
+        (ETC / "slurm.conf").write_text(_CONF.format(mark=_MARK, host=host, folder=self.folder, brittle=BRITTLE))
         (ETC / "gres.conf").write_text(f"{_MARK}NodeName={host} Name=gpu File=/dev/zero\n")
         try:
             self._munge()
+            self._start("slurmd", "-D", "-N", BRITTLE)
             self._start("slurmctld", "-D")
-            self._start("slurmd", "-D")
-            self._until(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), "the node is not idle")
+            self._start("slurmd", "-D", "-N", host)
+            for node in (host, BRITTLE):
+                self._until_idle(node)
         except BaseException:
             self._stop()
             raise
@@ -101,11 +109,13 @@ class Slurm:
     @contextlib.contextmanager
     def without(self, folder: Path) -> Iterator[None]:
         """The node does not see what is in a folder, as where it was not mounted."""
-        self._restart_node("unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {folder}; exec slurmd -D")
+        self._restart_node(
+            "unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {folder}; exec slurmd -D -N {self.host}"
+        )
         try:
             yield
         finally:
-            self._restart_node("slurmd", "-D")
+            self._restart_node("slurmd", "-D", "-N", self.host)
 
     @contextlib.contextmanager
     def dead(self) -> Iterator[None]:
@@ -118,15 +128,18 @@ class Slurm:
             process.wait(20)
         yield
         self._start("slurmctld", "-D")
-        self._start("slurmd", "-D")
+        self._start("slurmd", "-D", "-N", self.host)
         self._until(lambda: run("sinfo", "-h", "-o", "%T") != "", "slurmctld is silent")
+
+    def _until_idle(self, node: str) -> None:
+        self._until(lambda: "idle" in run("sinfo", "-h", "-n", node, "-o", "%T"), f"node {node} is not idle")
 
     def _restart_node(self, *command: str) -> None:
         node = self._own.pop()
         node.send_signal(signal.SIGTERM)
         node.wait(20)
         self._start(*command)
-        self._until(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), "the node is not idle")
+        self._until_idle(self.host)
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--user", "root"], check=False)
@@ -179,6 +192,19 @@ class Slurm:
 def run(*command: str) -> str:
     """What one of SLURM's programs prints; nothing where it fails."""
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def lose(node: str, job: str) -> None:
+    """The power of a node goes, in the midst of its only job: its daemon and processes die, and none of them tells.
+    SLURM is told that the node is down, which it would find out in minutes."""
+    named = {process: " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
+    daemons = [p for p, words in named.items() if words.endswith(f"slurmd -D -N {node}")]
+    steps = [p for p, words in named.items() if words.startswith(f"slurmstepd: [{job}.")]
+    below = [child for step in steps for child in step.children(recursive=True)]
+    for process in daemons + steps + below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost"], check=True)
 
 
 def for_this_cluster(profile: str) -> str:

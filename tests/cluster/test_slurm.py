@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from one_machine import Slurm, for_this_cluster, run, why_not
+from one_machine import BRITTLE, Slurm, for_this_cluster, lose, run, why_not
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -72,13 +72,13 @@ class Workflow:
         mine = [line.split()[0] for line in lines if f" {self.folder} " in line and "rule_train" in line]
         return mine[0] if mine else None
 
-    def training(self) -> Iterator[int]:
-        """The processes that train; none where SLURM was quicker."""
+    def send(self, number: signal.Signals) -> None:
+        """To the processes that train; none where SLURM was quicker."""
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 words = path.read_bytes().split(b"\0")
                 if words[1:4] == [b"-m", b"medseg", b"train"] and path.with_name("cwd").readlink() == self.folder:
-                    yield int(path.parent.name)
+                    os.kill(int(path.parent.name), number)
 
     def ended(self) -> tuple[dict[str, bytes], str]:
         """The weights, and the scores of each case."""
@@ -134,12 +134,8 @@ def test_a_profile_as_it_is_shipped_names_no_partition(undisturbed: Workflow, tm
     work = undisturbed.copy(tmp_path / "work")
     shutil.copy(ROOT / "profiles/slurm/config.yaml", work.folder / "profile" / "config.yaml")
     said = refused(work)
-    assert (
-        said.count(
-            "the profile names no partition (slurm_partition): write one of these into it: normal, scavenge, urgent"
-        )
-        == 1
-    )
+    names = f"{BRITTLE}, normal, scavenge, urgent"
+    assert said.count(f"the profile names no partition (slurm_partition): write one of these into it: {names}") == 1
 
 
 @pytest.mark.parametrize("key", ["device", "memory_mb"])
@@ -193,6 +189,16 @@ def preempted(work: Workflow) -> None:
     assert started.wait(PATIENCE) == 0, work.said[-6000:]
 
 
+def node_lost(work: Workflow) -> None:
+    """With all that ran on it; SLURM starts the job again on another."""
+    started = work.start("--set-resources", f"train:slurm_partition={BRITTLE}")
+    job = work.job()
+    assert run("squeue", "-h", "-j", job, "-o", "%N") == BRITTLE
+    lose(BRITTLE, job)
+    until(lambda: job if f"{job} PENDING" in run("squeue", "-h", "-o", "%i %T") else None, lambda: shown(job))
+    assert started.wait(PATIENCE) == 0, work.said[-6000:]
+
+
 def out_of_time(work: Workflow) -> None:
     """As on a node that hangs: it does not get on until its minute is over, also where it was preempted meanwhile."""
     started = work.start()
@@ -200,9 +206,7 @@ def out_of_time(work: Workflow) -> None:
     assert subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"]).returncode == 0
 
     def hung() -> str | None:
-        for process in work.training():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGSTOP)
+        work.send(signal.SIGSTOP)
         return "" if "TIMEOUT" in work.said else None
 
     until(hung, lambda: work.said[-6000:])
@@ -249,6 +253,7 @@ def killed(work: Workflow) -> None:
     how = until(lambda: found[1] if (found := re.search(parted, work.said)) else None, lambda: work.said[-6000:])
     # Where it was preempted before the next start, it waited.
     assert how == "withdrawn" or "Requeue=0" in shown(first)
+    work.send(signal.SIGCONT)
     assert again.wait(PATIENCE) == 0, work.said[-6000:]
     assert first not in run("squeue", "-h", "-o", "%i").split()
 
@@ -269,9 +274,10 @@ def killed_and_requeued(work: Workflow) -> None:
 
 
 def left_alone(work: Workflow) -> str:
-    """The number of a training's job whose Snakemake was killed."""
+    """The number of a training's job whose Snakemake was killed; it stands still, so as not to end before the next."""
     started = work.start()
     first = work.job()
+    work.send(signal.SIGSTOP)
     started.kill()
     started.wait()
     assert first in run("squeue", "-h", "-o", "%i").split()
@@ -284,7 +290,17 @@ def shown(job: str) -> str:
     return run("scontrol", "show", "job", job)
 
 
-FAULTS = (requeued, preempted, out_of_time, out_of_memory, cancelled, interrupted, killed, killed_and_requeued)
+FAULTS = (
+    requeued,
+    preempted,
+    node_lost,
+    out_of_time,
+    out_of_memory,
+    cancelled,
+    interrupted,
+    killed,
+    killed_and_requeued,
+)
 
 
 @pytest.fixture(scope="module")
