@@ -235,10 +235,10 @@ def present():
         print(f"medseg: {dated} files in {RESULTS} were dated in the future, and are dated now", file=sys.stderr)
 
 
-def comment_of(job):
-    """What the jobs of the same work have as a comment in SLURM, as Snakemake's executor writes it."""
+def work_of(job):
+    """The folder and the comment that SLURM has of a job, as Snakemake's executor gives them."""
     wildcards = "_".join(job.wildcards).replace("/", "_")
-    return f"rule_{job.rule.name}_wildcards_{wildcards}" if wildcards else f"rule_{job.rule.name}"
+    return f"{workflow.workdir_init}|rule_{job.rule.name}" + (f"_wildcards_{wildcards}" if wildcards else "")
 
 
 def preflight():
@@ -253,7 +253,7 @@ def preflight():
             )
     submitted = [job for job in workflow.dag.needrun_jobs() if not (job.is_group() or job.is_local)]
     jobs = {json.dumps(asked_of(job)) for job in submitted}
-    # The name of all jobs of a start. No other start is at these works now: Snakemake locks what they make.
+    # The name of all jobs of a start. No other start is at these works now: Snakemake locks what they make, in its folder.
     starts, start = Path(RESULTS, "logs", "slurm-starts.txt"), getattr(workflow.scheduler._executor, "run_uuid", "")
     made = Path(RESULTS).resolve()
     wanted = {
@@ -263,7 +263,7 @@ def preflight():
         "ask_nodes": config["ask_nodes"],
         "jobs": [json.loads(job) for job in sorted(jobs)],
         "starts": starts.read_text().split() if starts.is_file() else [],
-        "works": sorted({comment_of(job) for job in submitted}),
+        "works": sorted({work_of(job) for job in submitted}),
     }
     asked = subprocess.run([sys.executable, "-m", "medseg", "preflight"], input=json.dumps(wanted), text=True)
     if asked.returncode:

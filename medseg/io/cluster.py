@@ -39,7 +39,8 @@ class Job(BaseModel):
 class Wanted(BaseModel):
     """What a workflow is about to do: its ``jobs``, ``slurm`` whether SLURM runs them,
     ``tasks`` and ``results`` its folders, ``ask_nodes`` how many nodes of each partition to ask. ``starts`` are the
-    names that earlier starts gave to all their jobs, ``works`` the comments that the jobs of this one will have."""
+    names that earlier starts gave to all their jobs, ``works`` the folder and the comment of this one's jobs, as squeue
+    prints them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -243,12 +244,12 @@ def left(starts: Collection[str], works: Collection[str]) -> list[Left]:
     """This user's jobs that an earlier start submitted for the same work. Raises MedsegError where SLURM is silent."""
     if not starts:
         return []
-    return read_left(_told("squeue", "--me", "--noheader", "--format", "%i|%j|%T|%k"), starts, works)
+    return read_left(_told("squeue", "--me", "--noheader", "--format", "%i|%j|%T|%Z|%k"), starts, works)
 
 
 def read_left(told: str, starts: Collection[str], works: Collection[str]) -> list[Left]:
-    """What ``squeue`` printed: a line for each job, of number, name, state and comment."""
-    lines = [line.strip().split("|", 3) for line in told.splitlines() if line.count("|") >= 3]
+    """What ``squeue`` printed: a line for each job, of number, name, state, folder and comment."""
+    lines = [line.strip().split("|", 3) for line in told.splitlines() if line.count("|") >= 4]
     return [Left(number, state) for number, name, state, work in lines if name in starts and work in works]
 
 

@@ -86,28 +86,30 @@ def test_a_cluster_without_a_default_partition_wants_one_named() -> None:
     assert "names no partition" in found
 
 
-# As squeue prints it: number, name, state, comment; names are those of a start, and a comment may be of anything.
+# As squeue prints it: number, name (that of a start), state, folder, comment (which may be of anything).
 LEFT = """\
-11|first|RUNNING|rule_train_wildcards_Task01_3d_0
-12_[3-5]|first|PENDING|rule_train_wildcards_Task01_3d_1
-13|first|PENDING|rule_train_wildcards_Task02_3d_0
-14|other|PENDING|rule_train_wildcards_Task01_3d_0
-15|second|COMPLETING|rule_plan_wildcards_a|b
-16|second|REQUEUE_HOLD|rule_report
+11|first|RUNNING|/home/a|rule_train_wildcards_Task01_3d_0
+12_[3-5]|first|PENDING|/home/a|rule_train_wildcards_Task01_3d_1
+13|first|PENDING|/home/a|rule_train_wildcards_Task02_3d_0
+14|other|PENDING|/home/a|rule_train_wildcards_Task01_3d_0
+15|second|COMPLETING|/home/a|rule_plan_wildcards_a|b
+16|second|REQUEUE_HOLD|/home/a|rule_report
+17|second|PENDING|/home/b|rule_report
 
-17|bash|RUNNING|
+18|bash|RUNNING|/home/a|
 """
 
 
 def test_only_jobs_of_an_earlier_start_and_of_the_same_work_are_left() -> None:
-    works = {f"rule_{work}" for work in ("train_wildcards_Task01_3d_0", "train_wildcards_Task01_3d_1", "report")}
-    found = read_left(LEFT, {"first", "second"}, works | {"rule_plan_wildcards_a|b"})
-    assert found == [
-        Left("11", "RUNNING"),
-        Left("12_[3-5]", "PENDING"),
-        Left("15", "COMPLETING"),
-        Left("16", "REQUEUE_HOLD"),
+    works = {"train_wildcards_Task01_3d_0", "train_wildcards_Task01_3d_1", "plan_wildcards_a|b", "report"}
+    here = {f"/home/a|rule_{work}" for work in works}
+    found = read_left(LEFT, {"first", "second"}, here)
+    assert [(job.number, job.waits) for job in found] == [
+        ("11", False),
+        ("12_[3-5]", True),
+        ("15", False),
+        ("16", True),
     ]
-    assert [job.waits for job in found] == [False, True, False, True]
-    assert not read_left(LEFT, {"third"}, works)
+    assert found[2] == Left("15", "COMPLETING")
+    assert not read_left(LEFT, {"third"}, here)
     assert not read_left(LEFT, {"first", "second"}, set())
