@@ -63,6 +63,7 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs=4 CoresPerSocket=4 RealMemory=16000 Gres
 NodeName={brittle} NodeHostname={host} NodeAddr=127.0.0.1 Port=16818 CPUs=2 RealMemory=8000 State=UNKNOWN
 PartitionName=normal Nodes={host} Default=YES MaxTime=120 DefaultTime=10 PriorityTier=1 State=UP
 PartitionName=urgent Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=calm Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=1 PreemptMode=OFF State=UP
 PartitionName=scavenge Nodes={host} MaxTime=120 DefaultTime=10 PriorityTier=1 PreemptMode=CANCEL State=UP
 PartitionName={brittle} Nodes={brittle},{host} MaxTime=120 DefaultTime=10 PriorityTier=1 State=UP
 """

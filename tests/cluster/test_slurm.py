@@ -134,7 +134,7 @@ def test_a_profile_as_it_is_shipped_names_no_partition(undisturbed: Workflow, tm
     work = undisturbed.copy(tmp_path / "work")
     shutil.copy(ROOT / "profiles/slurm/config.yaml", work.folder / "profile" / "config.yaml")
     said = refused(work)
-    names = f"{BRITTLE}, normal, scavenge, urgent"
+    names = f"{BRITTLE}, calm, normal, scavenge, urgent"
     assert said.count(f"the profile names no partition (slurm_partition): write one of these into it: {names}") == 1
 
 
@@ -247,12 +247,13 @@ def interrupted(work: Workflow) -> None:
 def killed(work: Workflow) -> None:
     """Snakemake, by SIGKILL: its job runs on, and the one of the next start waits for it. It is not requeued, or it
     would remove what it made and make it again, when others work with it."""
-    first = left_alone(work)
-    again = work.start()
-    parted = rf"(withdrawn|waited for): 1 job of an earlier start \({first}\)"
-    how = until(lambda: found[1] if (found := re.search(parted, work.said)) else None, lambda: work.said[-6000:])
-    # Where it was preempted before the next start, it waited.
-    assert how == "withdrawn" or "Requeue=0" in shown(first)
+    unmoved = ("--set-resources", "train:slurm_partition=calm")  # where it is not preempted before the next start
+    first = left_alone(work, *unmoved)
+    again = work.start(*unmoved)
+    waited = f"waited for: 1 job of an earlier start ({first})"
+    until(lambda: first if waited in work.said else None, lambda: work.said[-6000:])
+    assert "Requeue=0" in shown(first)
+    assert subprocess.run(["scontrol", "requeue", first]).returncode != 0
     work.send(signal.SIGCONT)
     assert again.wait(PATIENCE) == 0, work.said[-6000:]
     assert first not in run("squeue", "-h", "-o", "%i").split()
@@ -273,9 +274,9 @@ def killed_and_requeued(work: Workflow) -> None:
     assert first not in run("squeue", "-h", "-o", "%i").split()
 
 
-def left_alone(work: Workflow) -> str:
+def left_alone(work: Workflow, *options: str) -> str:
     """The number of a training's job whose Snakemake was killed; it stands still, so as not to end before the next."""
-    started = work.start()
+    started = work.start(*options)
     first = work.job()
     work.send(signal.SIGSTOP)
     started.kill()
