@@ -53,6 +53,8 @@ def test_what_is_no_list_of_jobs_is_refused(wanted: str) -> None:
 
 
 def test_a_scratch_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    if any(Path(sys.executable).is_relative_to(folder) for folder in ("/tmp", "/var/tmp", "/usr/tmp")):
+        pytest.skip("Python itself lies where temporary files do")
     command = ["unshare", "--mount", "sh", "-c"]
     hidden = "for f in /tmp /var/tmp /usr/tmp; do [ ! -d $f ] || mount -t tmpfs -o ro none $f || exit 77; done; "
     hidden += f"cd /proc; exec {sys.executable} -m medseg preflight --room 1000"
