@@ -262,7 +262,7 @@ def preflight():
         "slurm": workflow.non_local_exec and "slurm" in str(workflow.executor_plugin.name),
         "ask_nodes": config["ask_nodes"],
         "jobs": [json.loads(job) for job in sorted(jobs)],
-        "starts": starts.read_text().split() if starts.is_file() else [],
+        "starts": starts.read_text(errors="replace").split() if starts.is_file() else [],
         "works": sorted({work_of(job) for job in submitted}),
     }
     asked = subprocess.run([sys.executable, "-m", "medseg", "preflight"], input=json.dumps(wanted), text=True)

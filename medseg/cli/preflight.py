@@ -37,7 +37,7 @@ def preflight(wanted: TextIO, room: int) -> None:
 
     asked = read_wanted(wanted.read())
     found = [*_folders(asked, room), *(_cluster(asked) if asked.slurm else ())]
-    if not found:
+    if asked.slurm and not found:
         _earlier(asked)
     for text in found[:20]:
         click.echo(f"medseg: {text}", err=True)
@@ -50,15 +50,11 @@ def _earlier(asked: Wanted) -> None:
     """Settle with the jobs that an earlier start left, since they would write what this one's jobs write."""
     from medseg.io.cluster import part_with
 
-    if not (asked.slurm and asked.starts):
-        return
     withdrawn, running = part_with(asked.starts, asked.works)
-    if withdrawn:
-        jobs = f"{count(len(withdrawn), 'job')} of an earlier start ({', '.join(sorted(withdrawn))})"
-        click.echo(f"medseg: withdrawn: {jobs}, before its turn", err=True)
-    if running:
-        jobs = f"{count(len(running), 'job')} of an earlier start ({', '.join(sorted(running))})"
-        click.echo(f"medseg: waited for: {jobs}, still at work", err=True)
+    for what, jobs in (("withdrawn", withdrawn), ("waited for", running)):
+        if jobs:
+            numbers = ", ".join(sorted(jobs))
+            click.echo(f"medseg: {what}: {count(len(jobs), 'job')} of an earlier start ({numbers})", err=True)
 
 
 def _folders(asked: Wanted, room: int) -> Iterator[str]:

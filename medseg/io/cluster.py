@@ -1,4 +1,4 @@
-"""What a SLURM cluster has, as its own programs tell, and whether jobs fit it."""
+"""What a SLURM cluster has, as its own programs tell, whether jobs fit it, and what becomes of those left to it."""
 
 from __future__ import annotations
 
@@ -138,15 +138,19 @@ def faults(jobs: Sequence[Job], known: dict[str, Partition]) -> Iterator[str]:
 
 def used(jobs: Sequence[Job], known: dict[str, Partition]) -> list[Partition]:
     """The partitions that jobs go to, by name."""
-    names = {job.partition or next((n for n, p in known.items() if p.default), "") for job in jobs}
-    return [known[name] for name in sorted(names & set(known))]
+    found = [_partition(job, known) for job in jobs]
+    return sorted({one.name: one for one in found if one}.values(), key=lambda one: one.name)
+
+
+def _partition(job: Job, known: dict[str, Partition]) -> Partition | None:
+    """The one it names, or the cluster's default; None where there is no such."""
+    return known.get(job.partition) if job.partition else next((one for one in known.values() if one.default), None)
 
 
 def _of_job(job: Job, known: dict[str, Partition], names: str) -> Iterator[str]:
     if job.account.startswith("CHANGE"):
         yield "the profile names no account (slurm_account): write yours into it, or leave the line out"
-    default = next((one for one in known.values() if one.default), None)
-    partition = known.get(job.partition) if job.partition else default
+    partition = _partition(job, known)
     if partition is None:
         unnamed = not job.partition or job.partition.startswith("CHANGE")
         what = "the profile names no partition" if unnamed else f"the cluster has no partition {job.partition!r}"
